@@ -1,0 +1,313 @@
+"""The contract of an adapter, and the registry.
+
+An adapter owns the factors of one algorithm on one weight. It says how its change of the weight is computed, and, where
+there is one, how to apply the change without building it. A new algorithm is a subclass with a config and a `register`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import AdapterError, CheckpointError, ConfigError
+from ..execution.engine import Term
+from ..execution.geometry import Geometry
+from ..execution.steps import Factors, Program
+from ..functional import dora
+from .config import AdapterConfig
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where an adapter is created: what an initialisation may depend on.
+
+    Attributes:
+        path: dotted path of the layer in the model.
+        adapter_name: name of the adapter.
+        layer: the base layer.
+    """
+
+    path: str
+    adapter_name: str
+    layer: nn.Module
+
+
+class Adapter(nn.Module):
+    """Factors of one algorithm on one weight.
+
+    Subclasses define `shapes`, `fits`, `reset`, `delta` and, if there is one, `program`. Factors are parameters under the
+    names of PEFT's file tensors; dotted names (``lora_A.weight``) become nested modules.
+
+    Attributes:
+        geometry: of the host layer.
+        config: the layer's own config (patterns resolved).
+        scaling: trained strength (alpha / r), a constant.
+        strength: 0-d tensor, multiplies the trained strength; 1 is as trained, 0 is the base model.
+    """
+
+    config_class: ClassVar[type[AdapterConfig]]
+    #: the change does not depend on the base weight
+    additive: ClassVar[bool] = True
+    #: factor names by the order in which files list them; subclasses set it
+    factor_names: ClassVar[tuple[str, ...]] = ()
+    #: names of integer factors, kept as buffers
+    index_names: ClassVar[tuple[str, ...]] = ()
+    #: name of the DoRA magnitude, empty when the algorithm cannot be decomposed
+    magnitude_name: ClassVar[str] = ""
+
+    strength: Tensor
+
+    def __init__(self, geometry: Geometry, config: AdapterConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        super().__init__()
+        self.geometry = geometry
+        self.config = config
+        self.scaling = config.scaling()
+        self.register_buffer("strength", torch.ones(()), persistent=False)
+        self.factor_shapes = dict(shapes)
+        for name, shape in shapes.items():
+            self.add_factor(name, torch.empty(shape, dtype=torch.int32 if name in self.index_names else None))
+        self._strength = 1.0
+        self._exact: dict[str, tuple[Tensor, int]] = {}
+
+    # --- what an algorithm defines -----------------------------------------------------------------------------------
+    @classmethod
+    def shapes(cls, geometry: Geometry, config: Any) -> dict[str, tuple[int, ...]]:
+        """Shapes of a new adapter's factors.
+
+        Raises:
+            ConfigError: the settings do not fit the layer.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def fits(cls, geometry: Geometry, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Check that factors found in a file compose to the layer's weight; the default asks for a new adapter's shapes.
+
+        Raises:
+            CheckpointError: naming the first tensor that does not fit.
+        """
+        expect_shapes(cls.shapes(geometry, config), shapes)
+
+    def reset(self, site: Site) -> None:
+        """Initialise the factors by ``config.init_weights``."""
+        raise NotImplementedError
+
+    def delta(self, f: Factors) -> Tensor:
+        """Change of the weight, ``(out, in, *k)``, times ``f["scale"]``; for additive algorithms."""
+        raise NotImplementedError
+
+    def program(self, f: Factors) -> Program | None:
+        """The factored form with ``f["scale"]`` inside, or None when there is none for this layer."""
+        return None
+
+    def add_delta(self, total: Tensor, f: Factors) -> Tensor:
+        """``total + delta``; override when it can be had in fewer passes."""
+        return total + self.delta(f).to(total.dtype)
+
+    def change(self, base: Tensor, f: Factors) -> Tensor:
+        """Change of the weight as trained, for algorithms that are not additive."""
+        raise NotImplementedError
+
+    @classmethod
+    def peft_gap(cls, geometry: Geometry, config: Any) -> str | None:
+        """Why PEFT cannot express this adapter on such a layer, None when it can; unknown algorithms cannot."""
+        return f"PEFT does not know {cls.__name__}"
+
+    def row_statistics(self, base: Tensor, f: Factors) -> tuple[Tensor, Tensor] | None:
+        """``(sum_n base * delta, sum_n delta^2)`` for every row without building the delta; None when not possible."""
+        return None
+
+    # --- files -------------------------------------------------------------------------------------------------------
+    @classmethod
+    def owns(cls, name: str) -> bool:
+        """Whether a file tensor of that name (below the layer's path) belongs to this algorithm."""
+        return name in cls.factor_names or (bool(cls.magnitude_name) and name == cls.magnitude_name)
+
+    @classmethod
+    def decode(cls, geometry: Geometry, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Factors from a file's tensors; other spellings and codings become the usual ones.
+
+        Raises:
+            CheckpointError: the coding is damaged.
+        """
+        return dict(tensors)
+
+    @classmethod
+    def encode(cls, geometry: Geometry, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The compact coding of one layer's tensors; the default has none and changes nothing."""
+        return dict(tensors)
+
+    # --- factors -----------------------------------------------------------------------------------------------------
+    def add_factor(self, name: str, value: Tensor) -> None:
+        """Register a factor: a parameter, or a buffer for integer values."""
+        owner: nn.Module = self
+        *path, leaf = name.split(".")
+        for part in path:
+            if part not in owner._modules:
+                owner.add_module(part, nn.Module())
+            owner = owner.get_submodule(part)
+        if value.is_floating_point():
+            owner.register_parameter(leaf, nn.Parameter(value))
+        else:
+            owner.register_buffer(leaf, value)
+
+    def factors(self) -> dict[str, Tensor]:
+        """Live factors by the names of the file's tensors."""
+        return {name: self.get_tensor(name) for name in self.factor_shapes}
+
+    def get_tensor(self, name: str) -> Tensor:
+        """One factor by its file name."""
+        owner, _, leaf = name.rpartition(".")
+        return getattr(self.get_submodule(owner), leaf)
+
+    def keep_exact(self, values: Mapping[str, Tensor]) -> None:
+        """Remember a file's values, in their own dtype in host memory, for merging and saving what computes in less."""
+        self._exact = {k: (v.cpu(), self.get_tensor(k)._version) for k, v in values.items()}
+
+    def exact_factors(self) -> dict[str, Tensor]:
+        """Factors as stored in the file while the live ones are unchanged, else the live ones; on the live device."""
+        live = self.factors()
+        for name, (value, version) in self._exact.items():
+            if live[name]._version == version:
+                live[name] = value.to(live[name].device)
+        return live
+
+    # --- strength ----------------------------------------------------------------------------------------------------
+    @property
+    def decomposed(self) -> bool:
+        """Whether DoRA is on."""
+        return bool(self.magnitude_name) and self.magnitude_name in self.factor_shapes
+
+    @property
+    def depends_on_weight(self) -> bool:
+        """Whether the change must be taken against the unmodified base weight."""
+        return self.decomposed or not self.additive
+
+    def get_strength(self) -> float:
+        """Multiplier of the trained strength."""
+        return self._strength
+
+    def set_strength(self, value: float) -> None:
+        """Set the multiplier; it lives in a tensor, so a compiled model does not recompile."""
+        self._strength = float(value)
+        self.strength.fill_(self._strength)
+
+    # --- what the layer uses -----------------------------------------------------------------------------------------
+    def inputs(self, exact: bool = False) -> dict[str, Tensor]:
+        """Factors plus ``strength`` and ``scale`` (the factor on the delta); ``exact`` prefers the values as stored."""
+        scale = (
+            self.strength * self.scaling
+            if not self.depends_on_weight
+            else torch.ones_like(self.strength) * self.scaling
+        )
+        return {**(self.exact_factors() if exact else self.factors()), "scale": scale, "strength": self.strength}
+
+    def members(self, exact: bool = False) -> list[tuple[Adapter, dict[str, Tensor]]]:
+        """The adapters this one consists of, with their inputs: itself, or the parts of a sum."""
+        return [(self, self.inputs(exact))]
+
+    def add_change(self, total: Tensor, base: Tensor, f: Factors) -> Tensor:
+        """``total`` plus this adapter's change of ``base`` at its strength: ``strength * (adapted(base) - base)``."""
+        if not self.depends_on_weight:
+            return self.add_delta(total, f)
+        strength = f["strength"].to(base.dtype)
+        if self.decomposed:
+            axis: str = self.config.dora_axis  # type: ignore[attr-defined]
+            adapted = dora.decompose(self.add_delta(base, f), f[self.magnitude_name].to(base.dtype), axis)
+            return total + strength * (adapted - base)
+        return total + strength * self.change(base, f).to(base.dtype)
+
+    def term(self, f: Factors, program: Program | None) -> Term:
+        """This adapter's part in a call."""
+        return Term(tuple(f), self.add_change, program)
+
+    def init_magnitude(self, base: Tensor) -> None:
+        """DoRA's start: the norm of the adapted weight, so that a new adapter changes nothing."""
+        if self.decomposed and not self.strength.is_meta:
+            f = self.inputs()
+            work = base.to(torch.promote_types(base.dtype, torch.float32))
+            magnitude = self.get_tensor(self.magnitude_name)
+            with torch.no_grad():
+                norm = dora.norms(self.add_delta(work, f), self.config.dora_axis)  # type: ignore[attr-defined]
+                magnitude.copy_(norm.reshape(magnitude.shape))
+
+    def extra_repr(self) -> str:
+        shapes = ", ".join(f"{k}={tuple(v)}" for k, v in self.factor_shapes.items())
+        return f"{type(self).__name__.lower()} r={self.config.r} scaling={self.scaling:g} {shapes}"
+
+
+def magnitude_shape(geometry: Geometry, axis: str) -> tuple[int, ...]:
+    """Shape of DoRA's magnitude in LyCORIS' layout: ``(out, 1, ...)`` or ``(1, in, 1, ...)``."""
+    ones = (1,) * len(geometry.kernel)
+    return (geometry.out, 1, *ones) if axis == "out" else (1, geometry.inp, *ones)
+
+
+def expect_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse factors that differ from what is expected.
+
+    Raises:
+        CheckpointError: naming the tensor, its shape and the expected one.
+    """
+    for name in [*expected, *found]:
+        if name not in found:
+            raise CheckpointError(f"tensor {name!r} is missing; expected shape {tuple(expected[name])}")
+        if name not in expected:
+            raise CheckpointError(
+                f"tensor {name!r} of shape {tuple(found[name])} is not part of this adapter; expected {sorted(expected)}"
+            )
+        if tuple(found[name]) != tuple(expected[name]):
+            raise CheckpointError(f"tensor {name!r} has shape {tuple(found[name])}, expected {tuple(expected[name])}")
+
+
+# --- registry ----------------------------------------------------------------------------------------------------------
+ADAPTERS: dict[str, type[Adapter]] = {}
+
+
+def register(cls: type[Adapter]) -> type[Adapter]:
+    """Class decorator: make an algorithm known under its config's ``peft_name``.
+
+    Raises:
+        ConfigError: another algorithm has the name.
+    """
+    name = cls.config_class.peft_name
+    if not name:
+        raise ConfigError(f"{cls.config_class.__name__} has no peft_name")
+    if ADAPTERS.get(name, cls) is not cls:
+        raise ConfigError(f"{name!r} is already registered by {ADAPTERS[name].__name__}")
+    ADAPTERS[name] = cls
+    return cls
+
+
+def adapter_class(config: AdapterConfig) -> type[Adapter]:
+    """Algorithm of a config.
+
+    Raises:
+        ConfigError: it is no config of a registered algorithm.
+    """
+    for cls in ADAPTERS.values():
+        if type(config) is cls.config_class:
+            return cls
+    known = ", ".join(sorted(c.config_class.__name__ for c in ADAPTERS.values()))
+    raise ConfigError(f"{type(config).__name__} is not a config of a registered algorithm; expected one of {known}")
+
+
+Initialiser = Callable[[Tensor], Any]
+
+
+def fill(adapter: Adapter, initialisers: Mapping[str, Initialiser]) -> None:
+    """Run an initialiser on every factor that exists.
+
+    Raises:
+        AdapterError: a factor has no initialiser.
+    """
+    with torch.no_grad():
+        for name in adapter.factor_shapes:
+            if name == adapter.magnitude_name:
+                continue
+            if name not in initialisers:
+                raise AdapterError(f"{type(adapter).__name__} has no initialiser for factor {name!r}")
+            initialisers[name](adapter.get_tensor(name))

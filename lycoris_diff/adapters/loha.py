@@ -1,0 +1,140 @@
+"""LoHa (arXiv 2108.06098, 2309.14859): ``dW = s * (A1 B1) * (A2 B2)``, for convolutions optionally with Tucker cores."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..execution.geometry import Geometry
+from ..execution.steps import Conv, Factors, Pointwise, Program
+from ..functional import loha
+from .base import Adapter, Site, fill, magnitude_shape, register
+from .config import ScaledConfig
+
+
+@dataclass(init=False)
+class LoHaConfig(ScaledConfig):
+    """Configuration of `LoHaModel`; fields as in PEFT, plus ``rank_dropout_scale``, ``weight_decompose`` and ``dora_axis``."""
+
+    peft_name: ClassVar[str] = "LOHA"
+    inits: ClassVar[tuple[str, ...]] = ("lycoris",)
+
+
+@register
+class LoHa(Adapter):
+    """Hadamard product of two low-rank matrices.
+
+    Factors ``hada_w{1,2}_a (out, r)`` and ``hada_w{1,2}_b (r, in*K)``; with cores ``hada_t{1,2} (r, r, *k)`` they are
+    ``(r, out)`` and ``(r, in)``. Conv1d cores carry a trailing axis of size one, as in PEFT.
+    """
+
+    config_class = LoHaConfig
+    factor_names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
+    magnitude_name = "dora_scale"
+
+    @classmethod
+    def shapes(cls, geometry: Geometry, config: LoHaConfig) -> dict[str, tuple[int, ...]]:
+        r = config.r
+        core = config.use_effective_conv2d and geometry.has_kernel
+        shapes: dict[str, tuple[int, ...]] = {}
+        for half in "12":
+            if core:
+                shapes[f"hada_t{half}"] = core_shape(geometry, r)
+            shapes[f"hada_w{half}_a"] = (r, geometry.out) if core else (geometry.out, r)
+            shapes[f"hada_w{half}_b"] = (r, geometry.inp if core else geometry.columns)
+        if config.weight_decompose:
+            shapes[cls.magnitude_name] = magnitude_shape(geometry, config.dora_axis)
+        return shapes
+
+    @classmethod
+    def peft_gap(cls, geometry: Geometry, config: LoHaConfig) -> str | None:
+        return lycoris_gap(geometry, config)
+
+    def reset(self, site: Site) -> None:
+        kaiming = partial(nn.init.kaiming_uniform_, a=math.sqrt(5))
+        table = dict.fromkeys(self.factor_names, kaiming)
+        init = self.config.init_weights
+        if init == "lycoris":
+            wide, narrow = partial(nn.init.normal_, std=1.0), partial(nn.init.normal_, std=0.1)
+            table |= {"hada_w1_a": narrow, "hada_w1_b": wide, "hada_w2_a": nn.init.zeros_, "hada_w2_b": wide}
+            table |= {"hada_t1": narrow, "hada_t2": narrow}
+        elif init:
+            table["hada_w2_b"] = nn.init.zeros_
+        fill(self, table)
+
+    def delta(self, f: Factors) -> Tensor:
+        first, second = self._halves(f)
+        return (first * second).reshape(self.geometry.shape)
+
+    def add_delta(self, total: Tensor, f: Factors) -> Tensor:
+        first, second = (h.reshape(total.shape).to(total.dtype) for h in self._halves(f))
+        return torch.addcmul(total, first, second)
+
+    def _halves(self, f: Factors) -> tuple[Tensor, Tensor]:
+        core1, core2 = self._cores(f)
+        first = loha.halves(f["hada_w1_a"] * f["scale"], f["hada_w1_b"], core1)
+        return first, loha.halves(f["hada_w2_a"], f["hada_w2_b"], core2)
+
+    def _cores(self, f: Factors) -> tuple[Tensor | None, Tensor | None]:
+        if "hada_t1" not in f:
+            return None, None
+        return squeeze_core(f["hada_t1"], self.geometry), squeeze_core(f["hada_t2"], self.geometry)
+
+    def _up(self, f: Factors) -> Tensor:
+        """Khatri-Rao product of the output factors, ``(out, r*r)``, with the scale."""
+        a1, a2 = f["hada_w1_a"] * f["scale"], f["hada_w2_a"]
+        return loha.khatri_rao(a1, a2).T if "hada_t1" in f else loha.khatri_rao(a1.T, a2.T).T
+
+    def program(self, f: Factors) -> Program | None:
+        geo, r = self.geometry, self.config.r
+        if geo.groups > 1:
+            return None
+        rank, taps = r * r, geo.columns // geo.inp
+        last = Pointwise(self._up)
+        if "hada_t1" in f:
+            first = Pointwise(lambda f: loha.khatri_rao(f["hada_w1_b"], f["hada_w2_b"]))
+            return Program(first, last, self._core_step, cost=rank * (geo.inp + geo.out + rank * taps), width=rank)
+        plain = Pointwise(self._down) if geo.is_pointwise else Conv(lambda f: self._down(f).view(-1, *geo.shape[1:]))
+        return Program(plain, last, cost=rank * (geo.columns + geo.out), width=rank)
+
+    def _core_step(self, geo: Geometry, z: Tensor, f: Factors) -> Tensor:
+        core1, core2 = self._cores(f)
+        assert core1 is not None and core2 is not None
+        return geo.apply(z, loha.combined_core(core1, core2), groups=1)
+
+    @staticmethod
+    def _down(f: Factors) -> Tensor:
+        return loha.khatri_rao(f["hada_w1_b"], f["hada_w2_b"])
+
+    def row_statistics(self, base: Tensor, f: Factors) -> tuple[Tensor, Tensor] | None:
+        if "hada_t1" in f:
+            return None
+        up, down = self._up(f).to(base.dtype), self._down(f).to(base.dtype)
+        inner = ((base.flatten(1) @ down.T) * up).sum(1)
+        return inner, ((up @ (down @ down.T)) * up).sum(1)
+
+
+def lycoris_gap(geometry: Geometry, config: ScaledConfig) -> str | None:
+    """What PEFT's LoHa and LoKr have in common not to know."""
+    if config.weight_decompose:
+        return "PEFT has no weight decomposition for LoHa and LoKr"
+    if geometry.transposed or len(geometry.kernel) > 2:
+        return "PEFT's LoHa and LoKr know Linear, Conv1d and Conv2d only"
+    if geometry.edge_mode != "constant":
+        return "PEFT's LoHa and LoKr ignore padding_mode"
+    return None
+
+
+def core_shape(geometry: Geometry, r: int) -> tuple[int, ...]:
+    """Shape of a Tucker core in PEFT's files: Conv1d cores have a trailing axis of size one."""
+    return (r, r, *geometry.kernel, *([1] if len(geometry.kernel) == 1 else []))
+
+
+def squeeze_core(core: Tensor, geometry: Geometry) -> Tensor:
+    """The core with as many kernel axes as the layer."""
+    return core.reshape(*core.shape[:2], *geometry.kernel)

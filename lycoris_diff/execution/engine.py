@@ -1,0 +1,200 @@
+"""One autograd operation for an adapted layer: the host's operation plus every active adapter.
+
+What it keeps for backward is the layer's input and the adapters' factors; every product of factors and every intermediate
+result is computed anew. The adapters' outputs are accumulated into the host's fresh output, and their gradients into the
+host's fresh input gradient, so that no temporary of the size of an activation is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .geometry import Geometry
+from .steps import Factors, Program
+
+AddChange = Callable[[Tensor, Tensor, Factors], Tensor]
+
+
+@dataclass(frozen=True)
+class Term:
+    """One adapter's part in a call: a program to run beside the host's operation, or a change of its weight.
+
+    Attributes:
+        names: names of the factors, in the order in which their tensors are passed.
+        add_change: ``(total, base, factors) -> total + change``, all ``(out, in, *k)``.
+        program: the factored form; None runs the change of the weight instead.
+    """
+
+    names: tuple[str, ...]
+    add_change: AddChange
+    program: Program | None = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """Everything about a call that is not a tensor."""
+
+    geometry: Geometry
+    terms: tuple[Term, ...]
+    dtype: torch.dtype
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether some term changes the weight."""
+        return any(term.program is None for term in self.terms)
+
+    def split(self, tensors: Sequence[Tensor]) -> list[tuple[Term, dict[str, Tensor]]]:
+        """Factors by name for every term."""
+        pairs, start = [], 0
+        for term in self.terms:
+            pairs.append((term, dict(zip(term.names, tensors[start:], strict=False))))
+            start += len(term.names)
+        return pairs
+
+    def weight(self, base: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+        """The weight that the host's operation runs with: changes summed in float32 or better, cast once."""
+        if not self.is_dense:
+            return base.to(self.dtype)
+        dense = [(term, f) for term, f in self.split(tensors) if term.program is None]
+        return changed_weight(base, dense).to(self.dtype)
+
+    def beside(self, tensors: Sequence[Tensor]) -> list[tuple[Program, dict[str, Tensor]]]:
+        """Programs with their factors in the dtype of the operation."""
+        return [(t.program, cast(f, self.dtype)) for t, f in self.split(tensors) if t.program is not None]
+
+    def plain(self, x: Tensor, weight: Tensor, bias: Tensor | None, row: Tensor | None, *tensors: Tensor) -> Tensor:
+        """The same result in plain differentiable operations."""
+        geo = self.geometry
+        y = geo.apply(x, self.weight(weight, tensors), bias if row is None else None)
+        for program, f in self.beside(tensors):
+            y = y + program.run(geo, x, f)
+        return y if row is None else scale_rows(y, row, bias)
+
+
+def cast(f: Factors, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Floating factors in another dtype; indices stay as they are."""
+    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in f.items()}
+
+
+def changed_weight(base: Tensor, dense: Sequence[tuple[Any, Factors]]) -> Tensor:
+    """``base`` plus every change, each taken against the unmodified base, in float32 or better.
+
+    Args:
+        base: canonical weight ``(out, in, *k)``.
+        dense: pairs of something with ``add_change`` and its factors.
+    """
+    work = base.to(torch.promote_types(base.dtype, torch.float32))
+    total = work
+    for term, f in dense:
+        total = term.add_change(total, work, f)
+    return total
+
+
+def channel_view(t: Tensor, like: Tensor) -> Tensor:
+    """A vector over channels, shaped to broadcast over ``like`` with channels on axis 1."""
+    return t.to(like.dtype).view(1, -1, *[1] * (like.dim() - 2))
+
+
+def scale_rows(y: Tensor, row: Tensor, bias: Tensor | None) -> Tensor:
+    """``row * y + bias`` over channels."""
+    y = y * channel_view(row, y)
+    return y if bias is None else y + channel_view(bias, y)
+
+
+def adapted(
+    call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, row: Tensor | None, tensors: list[Tensor]
+) -> Tensor:
+    """Host operation with adapters, on canonical tensors.
+
+    Args:
+        call: geometry and terms.
+        x: ``(tokens, in)`` or ``(batch, in, *space)``, in the dtype of the call.
+        weight: frozen canonical base weight.
+        bias: base bias or None.
+        row: optional factor for every output channel, applied before the bias (DoRA).
+        tensors: factors of all terms, in order.
+    """
+    out: Tensor = _Adapted.apply(x, weight, bias, row, call, *tensors)[0]
+    return out
+
+
+class _Adapted(torch.autograd.Function):
+    """Returns the output and, when rows are scaled, the unscaled output that backward needs (not differentiable)."""
+
+    @staticmethod
+    def forward(x, weight, bias, row, call: Call, *tensors):  # type: ignore[override]
+        geo = call.geometry
+        host_bias = None if bias is None or row is not None else bias.to(call.dtype)
+        y = geo.apply(x, call.weight(weight, tensors), host_bias)
+        y = y if y.is_contiguous() else y.contiguous()
+        for program, f in call.beside(tensors):
+            program.add_(geo, y, x, f)
+        return (y, None) if row is None else (scale_rows(y, row, bias), y)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, bias, row, call, *tensors = inputs
+        _, unscaled = output
+        if unscaled is not None:
+            ctx.mark_non_differentiable(unscaled)
+        ctx.set_materialize_grads(False)
+        ctx.call = call
+        ctx.save_for_backward(x, weight, bias, row, unscaled, *tensors)
+
+    @staticmethod
+    def backward(ctx, grad, _):  # type: ignore[override]
+        x, weight, bias, row, unscaled, *tensors = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        if grad is None:
+            return (None,) * len(needs)
+        if torch.is_grad_enabled():
+            return _differentiable_backward(ctx.call, (x, weight, bias, row, *tensors), needs, grad)
+        grad = grad.contiguous()
+        channels = [d for d in range(grad.dim()) if d != 1]
+        g_bias = grad.sum(channels).to(bias.dtype) if needs[2] else None
+        g_row = None
+        if row is not None:
+            g_row = (grad * unscaled).sum(channels).to(row.dtype) if needs[3] else None
+            grad = grad * channel_view(row, grad)
+        g_x, g_tensors = _backward(ctx.call, x, weight, tensors, needs, grad)
+        return (g_x, None, g_bias, g_row, None, *g_tensors)
+
+
+def _backward(call: Call, x, weight, tensors, needs, grad):
+    """Gradient of the input and of every factor."""
+    geo = call.geometry
+    wanted = [i for i, t in enumerate(tensors) if needs[5 + i]]
+    with torch.enable_grad():
+        held = [t.detach().requires_grad_(needs[5 + i]) if t.is_floating_point() else t for i, t in enumerate(tensors)]
+        effective = call.weight(weight.detach(), held)
+        beside = call.beside(held)
+    leaves = [held[i] for i in wanted]
+    total: list[Tensor | None] = [None] * len(leaves)
+    g_x, g_w = geo.gradients(grad, x, effective.detach(), needs[0], bool(leaves) and effective.requires_grad)
+    if g_w is not None:
+        total = list(torch.autograd.grad(effective, leaves, g_w, allow_unused=True, retain_graph=True))
+    if g_x is not None and not g_x.is_contiguous():
+        g_x = g_x.contiguous()
+    for program, f in beside:
+        more = program.backward(geo, x, f, leaves, grad, g_x)
+        total = [a if b is None else b if a is None else a + b for a, b in zip(total, more)]
+    by_index = dict(zip(wanted, total))
+    return g_x, [by_index.get(i) for i in range(len(tensors))]
+
+
+def _differentiable_backward(call: Call, inputs, needs, grad):
+    """Backward under ``create_graph=True``: gradient of the plain form, itself differentiable."""
+    tensors = [t for t in inputs]
+    flags = [*needs[:4], *needs[5:]]
+    with torch.enable_grad():
+        wanted = [t for t, flag in zip(tensors, flags) if flag]
+        # views keep a tensor that enters twice apart, and leave the graph behind the saved tensors connected
+        y = call.plain(*tensors)
+        grads = iter(torch.autograd.grad(y, wanted, grad, create_graph=True, allow_unused=True))
+    out = [next(grads) if flag else None for flag in flags]
+    return (*out[:4], None, *out[4:])

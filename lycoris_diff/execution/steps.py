@@ -1,0 +1,236 @@
+"""The factored form of an adapter: ``y += last(mid(first(x)))``, built from a handful of linear steps.
+
+A step knows how to run, how to run backwards, and how to add its result to an existing tensor without a temporary. What
+happens between the first and the last step works on small tensors and is left to autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..functional.miss import shard_sum
+from .geometry import Geometry, mix
+
+Factors = Mapping[str, Tensor]
+Build = Callable[[Factors], Tensor]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A linear map of the channels with a weight built from the factors (None: the map has none)."""
+
+    weight: Build | None
+
+    def apply(self, geo: Geometry, x: Tensor, w: Tensor) -> Tensor:
+        """The map itself."""
+        raise NotImplementedError
+
+    def adjoint(self, geo: Geometry, x: Tensor, w: Tensor, grad: Tensor) -> Tensor:
+        """Gradient with respect to the input ``x`` (read for its shape only)."""
+        raise NotImplementedError
+
+    def weight_grad(self, geo: Geometry, x: Tensor, w: Tensor, grad: Tensor) -> Tensor:
+        """Gradient with respect to the weight."""
+        raise NotImplementedError
+
+    def add_(self, geo: Geometry, y: Tensor, x: Tensor, w: Tensor) -> None:
+        """``y += apply(x)``."""
+        y.add_(self.apply(geo, x, w))
+
+    def add_adjoint_(self, geo: Geometry, gx: Tensor, x: Tensor, w: Tensor, grad: Tensor) -> None:
+        """``gx += adjoint(grad)``."""
+        gx.add_(self.adjoint(geo, x, w, grad))
+
+
+@dataclass(frozen=True)
+class Pointwise(Step):
+    """``weight (p, d)`` on each of ``groups`` slices of the channels."""
+
+    groups: int = 1
+
+    def apply(self, geo: Geometry, x: Tensor, w: Tensor) -> Tensor:
+        return geo.pointwise(x, w, self.groups)
+
+    def adjoint(self, geo: Geometry, x: Tensor, w: Tensor, grad: Tensor) -> Tensor:
+        return geo.pointwise(grad, w.T, self.groups)
+
+    def weight_grad(self, geo: Geometry, x: Tensor, w: Tensor, grad: Tensor) -> Tensor:
+        return geo.pointwise_weight_grad(x, grad, w, self.groups)
+
+    def add_(self, geo: Geometry, y: Tensor, x: Tensor, w: Tensor) -> None:
+        geo.accumulate_(y, x, w, self.groups)
+
+    def add_adjoint_(self, geo: Geometry, gx: Tensor, x: Tensor, w: Tensor, grad: Tensor) -> None:
+        geo.accumulate_(gx, grad, w.T, self.groups)
+
+
+@dataclass(frozen=True)
+class Conv(Step):
+    """The host's own operation with ``weight (p, d, *kernel)`` on each of ``groups`` slices of the channels."""
+
+    groups: int = 1
+
+    def apply(self, geo: Geometry, x: Tensor, w: Tensor) -> Tensor:
+        return geo.unfold(geo.apply(geo.fold(x, self.groups), w, groups=1), self.groups)
+
+    def adjoint(self, geo: Geometry, x: Tensor, w: Tensor, grad: Tensor) -> Tensor:
+        gx, _ = geo.gradients(geo.fold(grad, self.groups), geo.fold(x, self.groups), w, True, False, groups=1)
+        assert gx is not None
+        return gx.reshape(x.shape)
+
+    def weight_grad(self, geo: Geometry, x: Tensor, w: Tensor, grad: Tensor) -> Tensor:
+        _, gw = geo.gradients(geo.fold(grad, self.groups), geo.fold(x, self.groups), w, False, True, groups=1)
+        assert gw is not None
+        return gw
+
+
+@dataclass(frozen=True)
+class Mix(Step):
+    """``weight (a, c)`` across c slices of the channels."""
+
+    def apply(self, geo: Geometry, x: Tensor, w: Tensor) -> Tensor:
+        return mix(x, w)
+
+    def adjoint(self, geo: Geometry, x: Tensor, w: Tensor, grad: Tensor) -> Tensor:
+        return mix(grad, w.T)
+
+    def weight_grad(self, geo: Geometry, x: Tensor, w: Tensor, grad: Tensor) -> Tensor:
+        a, c = w.shape
+        batch = x.shape[0]
+        return torch.einsum("naq,ncq->ac", grad.reshape(batch, a, -1), x.reshape(batch, c, -1))
+
+    def add_(self, geo: Geometry, y: Tensor, x: Tensor, w: Tensor) -> None:
+        a, c = w.shape
+        batch = y.shape[0]
+        flat = y.view(batch, a, -1)
+        flat.baddbmm_(w.expand(batch, a, c), x.reshape(batch, c, -1))
+
+    def add_adjoint_(self, geo: Geometry, gx: Tensor, x: Tensor, w: Tensor, grad: Tensor) -> None:
+        self.add_(geo, gx, grad, w.T)
+
+
+@dataclass(frozen=True)
+class Shards(Step):
+    """Sum of the channels i = j mod r, for j < r."""
+
+    r: int = 1
+
+    def apply(self, geo: Geometry, x: Tensor, w: Tensor | None) -> Tensor:
+        return shard_sum(x, self.r)
+
+    def adjoint(self, geo: Geometry, x: Tensor, w: Tensor | None, grad: Tensor) -> Tensor:
+        return torch.cat([grad] * -(-x.shape[1] // self.r), dim=1)[:, : x.shape[1]]
+
+    def add_adjoint_(self, geo: Geometry, gx: Tensor, x: Tensor, w: Tensor | None, grad: Tensor) -> None:
+        whole = x.shape[1] - x.shape[1] % self.r
+        gx[:, :whole].unflatten(1, (-1, self.r)).add_(grad.unsqueeze(1))
+        if whole < x.shape[1]:
+            gx[:, whole:].add_(grad[:, : x.shape[1] - whole])
+
+
+@dataclass(frozen=True)
+class Tile(Step):
+    """Repeat the channels ``count`` times."""
+
+    count: int = 1
+
+    def apply(self, geo: Geometry, x: Tensor, w: Tensor | None) -> Tensor:
+        return torch.cat([x] * self.count, dim=1)
+
+    def adjoint(self, geo: Geometry, x: Tensor, w: Tensor | None, grad: Tensor) -> Tensor:
+        return grad.unflatten(1, (self.count, -1)).sum(1)
+
+    def add_(self, geo: Geometry, y: Tensor, x: Tensor, w: Tensor | None) -> None:
+        y.unflatten(1, (self.count, -1)).add_(x.unsqueeze(1))
+
+
+@dataclass(frozen=True)
+class Program:
+    """``last(mid(first(x)))``. Scale belongs to the weight of the last step or to ``mid``.
+
+    Attributes:
+        first: step on the layer's input.
+        last: step that ends in the layer's output channels.
+        mid: anything differentiable in between, ``(geometry, z, factors) -> h``; None for nothing.
+        cost: multiply-adds of one evaluation, per token (for the cost model).
+        width: channels of the largest intermediate result, per token.
+    """
+
+    first: Step
+    last: Step
+    mid: Callable[[Geometry, Tensor, Factors], Tensor] | None = None
+    cost: int = 0
+    width: int = 0
+
+    def run(self, geo: Geometry, x: Tensor, f: Factors) -> Tensor:
+        """The adapter's output in plain differentiable operations."""
+        return self.last.apply(geo, self.hidden(geo, x, f), _built(self.last, f))
+
+    def hidden(self, geo: Geometry, x: Tensor, f: Factors) -> Tensor:
+        """Input of the last step."""
+        h = self.first.apply(geo, x, _built(self.first, f))
+        return h if self.mid is None else self.mid(geo, h, f)
+
+    def add_(self, geo: Geometry, y: Tensor, x: Tensor, f: Factors) -> None:
+        """``y += run(x)`` in place; no graph is recorded."""
+        self.last.add_(geo, y, self.hidden(geo, x, f), _built(self.last, f))
+
+    def backward(self, geo: Geometry, x: Tensor, f: Factors, leaves: list[Tensor], grad: Tensor, gx: Tensor | None):
+        """Gradients of the leaves, everything small computed anew; the input's gradient is added to ``gx``.
+
+        Args:
+            x: the layer's canonical input.
+            f: factors, a differentiable function of the leaves.
+            leaves: tensors whose gradients are wanted.
+            grad: gradient of the output.
+            gx: accumulates the gradient of the input; None when nobody asks.
+
+        Returns:
+            One gradient (or None) a leaf.
+        """
+        with torch.enable_grad():
+            wf, wl = _built(self.first, f), _built(self.last, f)
+        z = self.first.apply(geo, x, _detached(wf))
+        h = z
+        if self.mid is not None:
+            with torch.enable_grad():
+                z = z.requires_grad_()
+                h = self.mid(geo, z, f)
+        hd, wld, wfd = h.detach(), _detached(wl), _detached(wf)
+        needs_first = gx is not None or (wf is not None and wf.requires_grad)
+        total: list[Tensor | None] = [None] * len(leaves)
+        gz = None
+        if wl is not None and wl.requires_grad:
+            total = _add(total, _pull(wl, leaves, self.last.weight_grad(geo, hd, wld, grad)))
+        if needs_first or (self.mid is not None and h.requires_grad):
+            gz = self.last.adjoint(geo, hd, wld, grad)
+            if self.mid is not None:
+                gz, *rest = torch.autograd.grad(h, [z, *leaves], gz, allow_unused=True, retain_graph=True)
+                total = _add(total, rest)
+        if gz is not None and needs_first:
+            zx = x
+            if gx is not None:
+                self.first.add_adjoint_(geo, gx, zx, wfd, gz)
+            if wf is not None and wf.requires_grad:
+                total = _add(total, _pull(wf, leaves, self.first.weight_grad(geo, zx, wfd, gz)))
+        return total
+
+
+def _built(step: Step, f: Factors) -> Tensor | None:
+    return None if step.weight is None else step.weight(f)
+
+
+def _detached(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.detach()
+
+
+def _pull(weight: Tensor, leaves: list[Tensor], grad: Tensor) -> list[Tensor | None]:
+    return list(torch.autograd.grad(weight, leaves, grad, allow_unused=True, retain_graph=True))
+
+
+def _add(total: list[Tensor | None], more: list[Tensor | None]) -> list[Tensor | None]:
+    return [a if b is None else b if a is None else a + b for a, b in zip(total, more)]

@@ -1,0 +1,31 @@
+"""DoRA (arXiv 2402.09353): magnitude and direction of the adapted weight are learned apart.
+
+``W' = magnitude * (W + dW) / ||W + dW||``, the norm taken per output row (axis "out", PEFT and the paper) or per input
+column (axis "in", LyCORIS before 3.2 and OneTrainer). The gradient flows through the norm, as in LyCORIS.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+AXES = ("out", "in")
+
+
+def norms(weight: Tensor, axis: str) -> Tensor:
+    """Norm of every row, shape ``(out, 1, ...)``, or of every input column, shape ``(1, in, 1, ...)``."""
+    dims = [d for d in range(weight.dim()) if d != AXES.index(axis)]
+    return torch.linalg.vector_norm(weight, dim=dims, keepdim=True)
+
+
+def decompose(merged: Tensor, magnitude: Tensor, axis: str) -> Tensor:
+    """``magnitude * merged / ||merged||``; a row or column that is all zero stays zero.
+
+    Args:
+        merged: ``W + dW``, ``(out, in, *k)``.
+        magnitude: one value per row or column, any shape with that many elements.
+        axis: "out" or "in".
+    """
+    norm = norms(merged, axis)
+    tiny = torch.finfo(norm.dtype).tiny
+    return merged * (magnitude.reshape(norm.shape) / norm.clamp_min(tiny))

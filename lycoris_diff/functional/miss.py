@@ -1,0 +1,46 @@
+"""MiSS (arXiv 2409.15371): matrix shard sharing. One block is repeated along the input axis of the weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def tile(block: Tensor, out: int, inp: int) -> Tensor:
+    """``W[o, i, *k] = block[i mod r, o mod s, *k]`` for a block ``(r, s, *k)``; s = out is the balance form.
+
+    Returns:
+        ``(out, inp, *k)``; ``inp`` need not be a multiple of r, ``out`` is one of s.
+    """
+    r, s = block.shape[:2]
+    rows = block.transpose(0, 1)
+    wide = torch.cat([rows] * -(-inp // r), dim=1)[:, :inp]
+    return torch.cat([wide] * (out // s), dim=0)
+
+
+def bat(weight: Tensor, block: Tensor) -> Tensor:
+    """The nonlinear form: every r x r block of the weight, ``W[a, b] @ B[a] + B[a]``.
+
+    Args:
+        weight: ``(out, in)``, flattened for convolutions.
+        block: ``(out / r, r, r)``.
+
+    Returns:
+        The change of the weight, ``(out, in)``.
+    """
+    rows, r, _ = block.shape
+    out, inp = weight.shape
+    blocks = weight.reshape(rows, r * (inp // r), r)
+    change = (blocks @ block).reshape(rows, r, inp // r, r) + block.unsqueeze(2)
+    return change.reshape(out, inp)
+
+
+def shard_sum(x: Tensor, r: int) -> Tensor:
+    """``y[b, j, ...] = sum over i = j mod r of x[b, i, ...]``: ``(b, n, ...) -> (b, r, ...)``, n not a multiple of r allowed."""
+    whole = x.shape[1] - x.shape[1] % r
+    total = x[:, :whole].unflatten(1, (-1, r)).sum(1)
+    if whole < x.shape[1]:
+        tail = torch.zeros_like(total)
+        tail[:, : x.shape[1] - whole] = x[:, whole:]
+        total = total + tail
+    return total

@@ -1,0 +1,326 @@
+"""Putting adapters into a model and taking them out again, all or nothing.
+
+Bookkeeping lives on the base model itself (`AdapterState`), so that it is the same whether a wrapper is used or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapters.base import Adapter, Site, adapter_class
+from .adapters.config import AdapterConfig
+from .biases import BiasSet, bias_mode
+from .errors import AdapterError, ConfigError
+from .layers.layer import AdaptedLayer
+from .layers.saved import SavedModule
+from .targets import Target, check_patterns, find_targets, pattern_value, saved_modules
+
+_STATE = "_lycoris_diff_state"
+
+
+@dataclass
+class AdapterState:
+    """What a model with adapters remembers.
+
+    Attributes:
+        configs: config of every adapter by name.
+        active: names of the active adapters.
+        was_trainable: base parameters that required gradients before the first adapter.
+        biases: base biases trained by one of the adapters.
+    """
+
+    configs: dict[str, AdapterConfig] = field(default_factory=dict)
+    active: list[str] = field(default_factory=list)
+    was_trainable: set[str] = field(default_factory=set)
+    biases: BiasSet | None = None
+
+
+@dataclass(frozen=True)
+class InjectReport:
+    """What an injection did.
+
+    Attributes:
+        adapter_name: the adapter.
+        algorithm: PEFT's name of its algorithm.
+        matched: paths of the adapted modules.
+        saved: paths of modules trained in full.
+        trainable_parameters: parameters of the adapter.
+        total_parameters: parameters of the model with it.
+    """
+
+    adapter_name: str
+    algorithm: str
+    matched: list[str]
+    saved: list[str]
+    trainable_parameters: int
+    total_parameters: int
+
+    def __str__(self) -> str:
+        share = 100 * self.trainable_parameters / max(self.total_parameters, 1)
+        return (
+            f"{self.algorithm} {self.adapter_name!r}: {len(self.matched)} modules, "
+            f"{self.trainable_parameters:,} of {self.total_parameters:,} parameters ({share:.3f} %)"
+        )
+
+
+def state_of(model: nn.Module) -> AdapterState | None:
+    """Bookkeeping of a base model, None when it has no adapters."""
+    return model.__dict__.get(_STATE)
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
+    """Adapted layers with their paths."""
+    return ((p, m) for p, m in model.named_modules() if isinstance(m, AdaptedLayer))
+
+
+def saved_copies(model: nn.Module) -> Iterator[tuple[str, SavedModule]]:
+    """Modules trained in full with their paths."""
+    return ((p, m) for p, m in model.named_modules() if isinstance(m, SavedModule))
+
+
+def check_new_name(model: nn.Module, name: str) -> None:
+    """Refuse an adapter name that is taken or cannot be part of a parameter's name.
+
+    Raises:
+        AdapterError: naming the adapters that exist.
+    """
+    state = state_of(model)
+    if not isinstance(name, str) or not name or "." in name:
+        raise AdapterError(f"adapter name {name!r} is not usable; use a non-empty name without dots")
+    if hasattr(nn.ModuleDict, name):
+        raise AdapterError(f"adapter name {name!r} is an attribute of torch's ModuleDict; choose another")
+    if state is not None and name in state.configs:
+        raise AdapterError(
+            f"adapter {name!r} already exists (adapters: {sorted(state.configs)}); delete it or choose another name"
+        )
+
+
+def layer_config(config: AdapterConfig, path: str) -> AdapterConfig:
+    """The config of one layer: patterns resolved."""
+    changes: dict[str, Any] = {"r": pattern_value(config.rank_pattern, path, config.r)}
+    if hasattr(config, "alpha"):
+        changes["alpha"] = pattern_value(config.alpha_pattern, path, config.alpha)
+    return config.for_layer(**changes)
+
+
+def parameter_dtype(layer: nn.Module, autocast: bool) -> torch.dtype:
+    """Dtype of a new adapter: float32 on half-precision and packed bases, the base's otherwise."""
+    weight = getattr(layer, "weight", None)
+    dtype = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else torch.float32
+    if dtype.itemsize == 1 or (autocast and dtype in (torch.float16, torch.bfloat16)):
+        return torch.float32
+    return dtype
+
+
+def build_adapter(target: Target, config: AdapterConfig, name: str, low_cpu_mem_usage: bool, autocast: bool) -> Adapter:
+    """A new adapter for one target, initialised unless on meta."""
+    cls = adapter_class(config)
+    own = layer_config(config, target.path)
+    with torch.device("meta" if low_cpu_mem_usage else "cpu"):
+        adapter = cls(target.geometry, own, cls.shapes(target.geometry, own))
+    dtype = parameter_dtype(target.layer, autocast)
+    adapter.to(dtype=dtype)
+    if not low_cpu_mem_usage:
+        adapter.reset(Site(target.path, name, target.layer))
+        adapter.to(device=_device(target.layer))
+        if adapter.decomposed:
+            weight: Any = target.layer.weight
+            adapter.init_magnitude(target.geometry.canonical(weight.detach()))
+    return adapter
+
+
+def inject_adapter(
+    model: nn.Module,
+    config: AdapterConfig,
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+    autocast_adapter_dtype: bool = True,
+) -> InjectReport:
+    """Add an adapter to a model in place, without a wrapper, and make it the active one.
+
+    The base model's parameters are frozen; `AdapterModel(model)` gives the methods of a wrapper later.
+
+    Args:
+        model: any module; not an `AdapterModel`.
+        config: which algorithm, which modules.
+        adapter_name: must be new, without dots.
+        low_cpu_mem_usage: create the factors on the meta device, to be filled by a file.
+        autocast_adapter_dtype: float32 factors on half-precision bases (False: the base's dtype).
+
+    Returns:
+        What was matched, and parameter counts.
+
+    Raises:
+        ConfigError, TargetError, AdapterError: before anything has changed.
+    """
+    check_new_name(model, adapter_name)
+    adapter_class(config)
+    config.check()
+    targets = find_targets(model, config)
+    check_patterns(config, [t.path for t in targets])
+    saved = saved_modules(model, config)
+    _check_bias(model, config, adapter_name)
+    for target in targets:
+        _check_decomposable(target, config)
+    adapters = {
+        t.path: build_adapter(t, config, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype) for t in targets
+    }
+    attach(model, config, adapter_name, {t.path: (t, adapters[t.path]) for t in targets}, saved)
+    set_active(model, [adapter_name])
+    own = sum(p.numel() for a in adapters.values() for p in a.parameters())
+    own += sum(
+        p.numel() for path in saved for p in model.get_submodule(path).modules_to_save[adapter_name].parameters()
+    )
+    total = sum(p.numel() for p in model.parameters())
+    return InjectReport(adapter_name, config.peft_name, list(adapters), saved, own, total)
+
+
+def attach(
+    model: nn.Module,
+    config: AdapterConfig,
+    name: str,
+    adapters: Mapping[str, tuple[Target, Adapter]],
+    saved: Iterable[str] = (),
+) -> None:
+    """Swap finished adapters in. Nothing here can be refused any more."""
+    state = state_of(model)
+    if state is None:
+        state = AdapterState(was_trainable={n for n, p in model.named_parameters() if p.requires_grad})
+        model.__dict__[_STATE] = state
+        model.requires_grad_(False)
+    for path, (target, adapter) in adapters.items():
+        layer = model.get_submodule(path)
+        if not isinstance(layer, AdaptedLayer):
+            layer = AdaptedLayer(target.layer, target.geometry)
+            _replace(model, path, layer)
+        adapter.train(layer.training)
+        layer.adapters[name] = adapter
+    for path in saved:
+        module = model.get_submodule(path)
+        if not isinstance(module, SavedModule):
+            module = SavedModule(module)
+            _replace(model, path, module)
+        module.add(name)
+    state.configs[name] = config
+    if bias_mode(config) != "none":
+        state.biases = BiasSet.begin(model, config, name)
+
+
+def detach(model: nn.Module, name: str) -> None:
+    """Take one adapter out; layers without adapters become the base layers again."""
+    state = state_of(model)
+    assert state is not None
+    if state.biases is not None and state.biases.owner == name:
+        state.biases.use(model, trained=False)
+        state.biases = None
+    for path, layer in list(adapted_layers(model)):
+        if name not in layer.adapters:
+            continue
+        if name in layer.merged:
+            layer.merge(n for n in layer.merged if n != name)
+        del layer.adapters[name]
+        layer.active = tuple(n for n in layer.active if n != name)
+        if not layer.adapters:
+            _replace(model, path, layer.base_layer)
+    for path, module in list(saved_copies(model)):
+        if name in module.modules_to_save:
+            del module.modules_to_save[name]
+        if not module.modules_to_save:
+            _replace(model, path, module.original_module)
+    del state.configs[name]
+    rest = [n for n in state.active if n != name] or list(state.configs)[:1]
+    if state.configs:
+        set_active(model, rest)
+    else:
+        forget(model)
+
+
+def unwrap(model: nn.Module, keep_saved: bool = False) -> None:
+    """Take every adapter out: the base model's own layers, names and trainability again.
+
+    Args:
+        keep_saved: put the active copies of ``modules_to_save`` in the originals' place, and keep trained biases.
+    """
+    state = state_of(model)
+    if state is None:
+        return
+    if not keep_saved and state.biases is not None:
+        state.biases.use(model, trained=False)
+    for path, layer in list(adapted_layers(model)):
+        _replace(model, path, layer.base_layer)
+    for path, module in list(saved_copies(model)):
+        _replace(model, path, module.current if keep_saved else module.original_module)
+    forget(model)
+
+
+def forget(model: nn.Module) -> None:
+    """Drop the bookkeeping of a model whose adapters are gone; its parameters train as before."""
+    state = model.__dict__.pop(_STATE)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in state.was_trainable)
+
+
+def set_active(model: nn.Module, names: list[str], inference_mode: bool = False) -> None:
+    """Make the named adapters the active ones; all others are frozen.
+
+    Raises:
+        AdapterError: an unknown name, or two active adapters with their own copy of one module.
+    """
+    state = state_of(model)
+    known = {} if state is None else state.configs
+    for name in names:
+        if name not in known:
+            raise AdapterError(f"there is no adapter {name!r}; adapters: {sorted(known)}")
+    copies: dict[str, str | None] = {}
+    for path, module in saved_copies(model):
+        own = [n for n in names if n in module.modules_to_save]
+        if len(own) > 1:
+            raise AdapterError(f"adapters {own} each have their own copy of {path!r}; only one of them can be active")
+        copies[path] = own[0] if own else None
+    assert state is not None
+    state.active = list(dict.fromkeys(names))
+    trainable = {n for n in names if not (inference_mode or known[n].inference_mode)}
+    for _, layer in adapted_layers(model):
+        layer.active = tuple(n for n in state.active if n in layer.adapters)
+        for name, adapter in layer.named_adapters():
+            adapter.requires_grad_(name in trainable)
+    for path, module in saved_copies(model):
+        module.active = copies[path]
+        for name, copied in module.modules_to_save.items():
+            copied.requires_grad_(name in trainable)
+    if state.biases is not None:
+        state.biases.use(model, trained=state.biases.owner in names)
+        for bias in state.biases.parameters(model).values():
+            bias.requires_grad_(state.biases.owner in trainable)
+
+
+# --- helpers -------------------------------------------------------------------------------------------------------------
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def _device(layer: nn.Module) -> torch.device:
+    parameter = next(iter([*layer.parameters(recurse=False), *layer.buffers(recurse=False)]), None)
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+def _check_bias(model: nn.Module, config: AdapterConfig, name: str) -> None:
+    state = state_of(model)
+    if bias_mode(config) != "none" and state is not None and state.biases is not None:
+        raise AdapterError(f"adapter {state.biases.owner!r} already trains base biases; {name!r} cannot do so as well")
+
+
+def _check_decomposable(target: Target, config: AdapterConfig) -> None:
+    wants = getattr(config, "weight_decompose", False) or getattr(config, "init_weights", None) == "bat"
+    weight = getattr(target.layer, "weight", None)
+    packed = not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.itemsize == 1
+    if wants and packed:
+        raise ConfigError(
+            f"{target.path!r} ({type(target.layer).__name__}) is quantized; {type(config).__name__} needs its weight"
+        )

@@ -1,0 +1,1 @@
+"""The layer that carries named adapters."""

@@ -1,0 +1,353 @@
+"""AdaptedLayer: a base layer and its named adapters; runs the active ones, merges and unmerges."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..adapters.base import Adapter
+from ..errors import AdapterError
+from ..execution.costs import Choice, choose
+from ..execution.engine import Call, adapted, cast, changed_weight
+from ..execution.geometry import Geometry, is_transformers_conv1d
+from ..execution.recompute import recompute
+from ..execution.steps import Program
+from .snapshot import Snapshot
+
+Active = list[tuple[Adapter, dict[str, Tensor], Program | None]]
+
+
+class AdaptedLayer(nn.Module):
+    """A layer with adapters. The base layer stays a child and is never altered while unmerged.
+
+    Attributes:
+        base_layer: the host.
+        adapters: named adapters.
+        geometry: how the host applies its weight.
+        active: names of the adapters in use, in order.
+        enabled: False runs the base layer alone.
+    """
+
+    def __init__(self, base_layer: nn.Module, geometry: Geometry) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.adapters = nn.ModuleDict()
+        self.geometry = geometry
+        self.active: tuple[str, ...] = ()
+        self.enabled = True
+        self.merged: tuple[str, ...] = ()
+        self.suspended: tuple[str, ...] = ()
+        self.snapshot: Snapshot | None = None
+        self.training = base_layer.training
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(super().__getattr__("base_layer"), name)
+
+    # --- settings by adapter name ------------------------------------------------------------------------------------
+    @property
+    def scaling(self) -> Mapping[str, float]:
+        """Strength of every adapter as applied: trained scaling times `set_scale`; read-only."""
+        return MappingProxyType({k: a.scaling * a.get_strength() for k, a in self.named_adapters()})
+
+    @property
+    def r(self) -> Mapping[str, int]:
+        """Rank of every adapter."""
+        return MappingProxyType({k: a.config.r for k, a in self.named_adapters()})
+
+    @property
+    def alpha(self) -> Mapping[str, float]:
+        """Alpha of the adapters that have one."""
+        return self._setting("alpha")
+
+    @property
+    def mini_r(self) -> Mapping[str, int]:
+        """Block width of the MiSS adapters."""
+        return self._setting("mini_r")
+
+    def _setting(self, name: str) -> Mapping[str, Any]:
+        return MappingProxyType(
+            {k: getattr(a.config, name) for k, a in self.named_adapters() if hasattr(a.config, name)}
+        )
+
+    def named_adapters(self) -> list[tuple[str, Adapter]]:
+        """Names and adapters in order."""
+        return list(self.adapters.items())  # type: ignore[arg-type]
+
+    def adapter(self, name: str) -> Adapter:
+        """One adapter by name."""
+        found: Any = self.adapters[name]
+        return found
+
+    # --- base weight -------------------------------------------------------------------------------------------------
+    @property
+    def has_plain_weight(self) -> bool:
+        """Whether the base layer holds its weight as an ordinary floating tensor of the expected shape."""
+        weight = getattr(self.base_layer, "weight", None)
+        if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.itemsize == 1:
+            return False
+        return tuple(self.geometry.canonical(weight).shape) == self.geometry.shape
+
+    def base_weight(self) -> Tensor:
+        """Unmodified canonical base weight, also while merged.
+
+        Raises:
+            AdapterError: the weight is packed or quantized.
+        """
+        if not self.has_plain_weight:
+            weight = getattr(self.base_layer, "weight", None)
+            raise AdapterError(
+                f"{type(self.base_layer).__name__} does not hold its weight as a plain tensor (found "
+                f"{type(weight).__name__} {getattr(weight, 'dtype', None)}); adapters that need it, and merging, are refused"
+            )
+        weight = self.base_layer.weight
+        if self.snapshot is not None:
+            weight = self.snapshot.tensors["weight"].to(weight.device)
+        return self.geometry.canonical(weight)  # type: ignore[arg-type]
+
+    # --- forward -----------------------------------------------------------------------------------------------------
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output with the active adapters."""
+        names = [n for n in self.active if n not in self.merged] if self.enabled else []
+        if not torch.compiler.is_compiling():
+            # in eager mode a zero strength is not run at all: exactly the base, whatever the factors hold
+            names = [n for n in names if self.adapter(n).get_strength() != 0.0]
+        if not names:
+            return self.base_layer(x, *args, **kwargs)
+        if self._fusable(names, x):
+            return self._fused(names, x)
+        return self._separate(names, x, *args, **kwargs)
+
+    def _transparent(self) -> bool:
+        """Whether the base layer is a plain known class that nothing else watches, so that its weight may be used directly."""
+        base = self.base_layer
+        known = type(base) in _PLAIN or (type(base).__name__ == "Conv1D" and is_transformers_conv1d(base))
+        return known and not self.merged and "forward" not in base.__dict__ and not has_hooks(base)
+
+    def _fusable(self, names: list[str], x: Tensor) -> bool:
+        """Whether base and adapters may run as one autograd operation of ours."""
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or not self._transparent():
+            return False
+        weight, bias = self.base_layer.weight, self.base_layer.bias
+        plain = type(x) in _TENSORS and type(weight) in _TENSORS and (bias is None or type(bias) in _TENSORS)
+        if not plain or weight.requires_grad or x.device != weight.device or x.device.type == "meta":
+            return False
+        if self.training and any(_masked(self.adapter(n)) for n in names):
+            return False
+        return x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)
+
+    def _fused(self, names: list[str], x: Tensor) -> Tensor:
+        geo, base = self.geometry, self.base_layer
+        dtype = compute_dtype(x)
+        with torch.autocast(x.device.type, enabled=False):
+            inner, lead = geo.enter(x.to(dtype))
+            weight = geo.canonical(base.weight)
+            active = self._prepare(names, inner)
+            row = self._row_factor(active, weight)
+            beside = row is not None
+            terms = tuple(a.term(f, p if beside or not a.depends_on_weight else None) for a, f, p in active)
+            tensors = [t for _, f, _ in active for t in f.values()]
+            y = adapted(Call(geo, terms, dtype), inner, weight, base.bias, row, tensors)
+            return geo.leave(y, lead)
+
+    def _separate(self, names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Plain differentiable operations: one with the changed weight where the base may be bypassed, else all beside it."""
+        geo = self.geometry
+        dtype = compute_dtype(x)
+        inner, lead = geo.enter(x.to(dtype))
+        active = self._prepare(names, inner)
+        dense = [
+            (a, f) for a, f, p in active if (p is None or a.depends_on_weight) and not (self.training and _masked(a))
+        ]
+        if dense and self._transparent():
+            weight, bias = geo.canonical(self.base_layer.weight), self.base_layer.bias
+            y = geo.apply(inner, changed_weight(weight, dense).to(dtype), None if bias is None else bias.to(dtype))
+            y = geo.leave(y, lead)
+            active = [(a, f, p) for a, f, p in active if all(a is not d for d, _ in dense)]
+        else:
+            y = self.base_layer(x, *args, **kwargs)
+        for adapter, f, program in active:
+            y = y + geo.leave(self._beside(adapter, f, program, inner), lead).to(y.dtype)
+        return y
+
+    def _beside(self, adapter: Adapter, f: dict[str, Tensor], program: Program | None, x: Tensor) -> Tensor:
+        """One adapter's own output, with its dropouts in training."""
+        if self.training and _input_dropout(adapter):
+            x = F.dropout(x, _input_dropout(adapter))
+        if program is not None and not adapter.depends_on_weight:
+            out = program.run(self.geometry, x, cast(f, x.dtype))
+        else:
+            out = self.geometry.apply(x, self._change(adapter, f).to(x.dtype))
+        return self._row_mask(adapter, out) if self.training and _output_dropout(adapter) else out
+
+    def _change(self, adapter: Adapter, f: dict[str, Tensor]) -> Tensor:
+        """One adapter's change of the weight, canonical, in float32 or better where the base weight enters."""
+        if not adapter.depends_on_weight:
+            return adapter.delta(f)
+        weight = self.base_weight().detach()
+        work = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        return adapter.add_change(torch.zeros_like(work), work, f)
+
+    def _prepare(self, names: list[str], x: Tensor) -> Active:
+        """Active adapters with their factors and, where it is cheaper, their program."""
+        active: Active = []
+        for adapter, f in (member for name in names for member in self.adapter(name).members()):
+            if self.training and getattr(adapter.config, "module_dropout", 0.0):
+                keep = (torch.rand((), device=x.device) >= adapter.config.module_dropout).to(f["scale"].dtype)
+                f["scale"], f["strength"] = f["scale"] * keep, f["strength"] * keep
+            choice, program = self._choose(adapter, f, x)
+            active.append((adapter, f, program if choice.mode == "beside" else None))
+        return active
+
+    def _choose(self, adapter: Adapter, f: dict[str, Tensor], x: Tensor) -> tuple[Choice, Program | None]:
+        program = adapter.program(f)
+        if program is not None and not self.has_plain_weight:
+            return Choice("beside", program.cost, 0), program
+        training = torch.is_grad_enabled() and any(t.requires_grad for t in f.values())
+        cost, width = (None, 0) if program is None else (program.cost, program.width)
+        return choose(self.geometry.shape, self.geometry.tokens(x), training, cost, width), program
+
+    def _row_factor(self, active: Active, weight: Tensor) -> Tensor | None:
+        """DoRA on the output axis, alone and at full strength, is a factor on every output row."""
+        if len(active) != 1:
+            return None
+        adapter, f, program = active[0]
+        lone = adapter.decomposed and program is not None and adapter.get_strength() == 1.0
+        if not lone or adapter.config.dora_axis != "out":  # type: ignore[attr-defined]
+            return None
+        if self.training and getattr(adapter.config, "module_dropout", 0.0):
+            return None
+        return row_factor(adapter, weight, f)
+
+    def _row_mask(self, adapter: Adapter, out: Tensor) -> Tensor:
+        """Rank dropout: drop output rows of the adapter's part; never divides by zero."""
+        p = _output_dropout(adapter)
+        keep = (torch.rand(out.shape[1], device=out.device) >= p).to(out.dtype)
+        if adapter.config.rank_dropout_scale:  # type: ignore[attr-defined]
+            keep = keep / keep.mean().clamp_min(1 / keep.numel())
+        return out * keep.view(1, -1, *[1] * (out.dim() - 2))
+
+    # --- merging -----------------------------------------------------------------------------------------------------
+    def get_delta_weight(self, name: str) -> Tensor:
+        """Change of the base weight by one adapter at its strength, in the base layer's layout, float32 or better.
+
+        Shape as ``base_layer.weight``. For weight-dependent adapters it is taken against the unmodified base weight.
+        """
+        members = self.adapter(name).members(exact=True)
+        changes = [self._change(a, cast(f, torch.promote_types(a.strength.dtype, torch.float32))) for a, f in members]
+        return self.geometry.stored(sum(changes[1:], changes[0]))
+
+    def merged_weight(self, names: Iterable[str]) -> Tensor:
+        """The base weight with the named adapters' changes, summed in float32 or better and cast once; canonical."""
+        base = self.base_weight().detach()
+        dense = []
+        with torch.no_grad():
+            for adapter, f in (m for n in names for m in self.adapter(n).members(exact=True)):
+                if adapter.get_strength() == 0.0:
+                    continue
+                work = torch.promote_types(torch.promote_types(base.dtype, torch.float32), adapter.strength.dtype)
+                dense.append((adapter, {k: v.to(base.device) for k, v in cast(f, work).items()}))
+            return changed_weight(base, dense).to(base.dtype) if dense else base.clone()
+
+    def merge(self, names: Iterable[str]) -> None:
+        """Write the named adapters into the base weight; the original is kept in host memory for `unmerge`."""
+        names = tuple(n for n in names if n in self.adapters)
+        if not names:
+            self.unmerge()
+            return
+        weight = self.geometry.stored(self.merged_weight(names))
+        if self.snapshot is None:
+            self.snapshot = Snapshot.take(self.base_layer, ("weight",))
+        with torch.no_grad():
+            self.base_layer.weight.copy_(weight)  # type: ignore[union-attr, operator]
+        self.merged = names
+
+    def unmerge(self) -> None:
+        """Put the original weight back, bit for bit."""
+        if self.snapshot is not None:
+            self.snapshot.restore(self.base_layer)
+        self.snapshot, self.merged = None, ()
+
+    def suspend(self) -> None:
+        """Be exactly the base layer until `resume`; merged adapters are taken out meanwhile."""
+        self.enabled = False
+        self.suspended = self.merged
+        self.unmerge()
+
+    def resume(self) -> None:
+        """Undo `suspend`."""
+        self.enabled = True
+        if self.suspended:
+            self.merge(self.suspended)
+        self.suspended = ()
+
+    def choices(self, x: Tensor) -> dict[str, Choice]:
+        """How every active adapter would run on an input, with the cost model's figures."""
+        inner, _ = self.geometry.enter(x)
+        first = {n: self.adapter(n).members()[0] for n in self.active}
+        return {n: self._choose(adapter, f, inner)[0] for n, (adapter, f) in first.items()}
+
+    def extra_repr(self) -> str:
+        state = f", merged={list(self.merged)}" if self.merged else ""
+        return f"active={list(self.active)}{state}"
+
+
+def row_factor(adapter: Adapter, weight: Tensor, f: dict[str, Tensor]) -> Tensor:
+    """``magnitude / ||W + dW||`` for every output row, ``(out,)``; nothing of the weight's size is kept for backward."""
+    names = tuple(f)
+
+    def compute(base: Tensor, *tensors: Tensor) -> Tensor:
+        factors = dict(zip(names, tensors))
+        work = base.to(torch.promote_types(base.dtype, torch.float32))
+        statistics = adapter.row_statistics(work, factors)
+        if statistics is None:
+            square = adapter.add_delta(work, factors).flatten(1).square().sum(1)
+        else:
+            inner, delta_square = statistics
+            square = torch.linalg.vector_norm(work.flatten(1), dim=1).square() + 2 * inner + delta_square
+        tiny = torch.finfo(square.dtype).tiny
+        magnitude = factors[adapter.magnitude_name].reshape(-1).to(square.dtype)
+        return magnitude * square.clamp_min(tiny).rsqrt()
+
+    return recompute(compute, weight.detach(), *f.values())
+
+
+_PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TENSORS = (Tensor, nn.Parameter)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def has_hooks(layer: nn.Module) -> bool:
+    """Whether a hook of the layer's own, or a global one, wants to see the layer called."""
+    shared = vars(torch.nn.modules.module)
+    return any(getattr(layer, h) for h in _HOOKS) or any(shared[f"_global{h}"] for h in _HOOKS)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Dtype an operation on ``x`` runs in: autocast's where it is on, else the input's."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _input_dropout(adapter: Adapter) -> float:
+    """Probability of dropping entries of the adapter's input."""
+    return getattr(adapter.config, "lora_dropout", 0.0) or getattr(adapter.config, "miss_dropout", 0.0)
+
+
+def _output_dropout(adapter: Adapter) -> float:
+    """Probability of dropping rows of the adapter's output."""
+    return getattr(adapter.config, "rank_dropout", 0.0)
+
+
+def _masked(adapter: Adapter) -> bool:
+    """Whether the adapter, in training, sees another input or gives another output than the plain change of the weight."""
+    return bool(_input_dropout(adapter) or _output_dropout(adapter))

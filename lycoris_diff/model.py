@@ -1,0 +1,554 @@
+"""AdapterModel: a model with adapters, with the methods PEFT users know. Bookkeeping is on the base model (`injection`)."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import math
+import os
+import types
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .adapters.base import ADAPTERS, Adapter
+from .adapters.combined import Combined, CombinedConfig
+from .adapters.config import AdapterConfig
+from .adapters.loha import LoHaConfig
+from .adapters.lokr import LoKrConfig
+from .adapters.lora import LoraConfig
+from .adapters.miss import MissConfig
+from .adapters.shira import ShiraConfig
+from .errors import AdapterError, ConfigError
+from .injection import (
+    AdapterState,
+    InjectReport,
+    adapted_layers,
+    attach,
+    check_new_name,
+    detach,
+    inject_adapter,
+    layer_config,
+    saved_copies,
+    set_active,
+    state_of,
+    unwrap,
+)
+from .layers.layer import AdaptedLayer
+from .targets import Target
+
+
+class AdapterModel(nn.Module):
+    """A base model with named adapters. Attributes it lacks are the base model's, and so is its forward signature.
+
+    Args:
+        model: the base model; it is changed in place. One that already carries adapters keeps them.
+        config: adapter to add and make active; None only wraps a model that already has adapters.
+        adapter_name: its name.
+        low_cpu_mem_usage: create the factors on the meta device, to be filled by a file.
+        autocast_adapter_dtype: float32 factors on half-precision bases.
+
+    Raises:
+        AdapterError: wrapping a wrapper, a taken name, or whatever `inject_adapter` refuses.
+    """
+
+    config_class: type[AdapterConfig] | None = None
+
+    def __new__(cls, model: nn.Module, *args: Any, **kwargs: Any) -> AdapterModel:
+        return super().__new__(_with_signature(cls, type(model)))
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: AdapterConfig | None = None,
+        adapter_name: str = "default",
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        if isinstance(model, AdapterModel):
+            raise AdapterError(
+                f"{type(model).__name__} is already a wrapper; use its add_adapter(), or wrap get_base_model()"
+            )
+        if not isinstance(model, nn.Module):
+            raise AdapterError(f"expected a torch module, got {type(model).__name__}")
+        if self.config_class is not None and config is not None and not isinstance(config, self.config_class):
+            raise ConfigError(
+                f"{type(self).__name__} takes a {self.config_class.__name__}, got {type(config).__name__}; "
+                "get_peft_model chooses the class from the config"
+            )
+        if config is None and state_of(model) is None:
+            raise ConfigError(f"{type(model).__name__} has no adapters yet; pass a config")
+        super().__init__()
+        report = None
+        if config is not None:
+            report = inject_adapter(model, config, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype)
+        self.model = model
+        self.training = model.training
+        self.inject_report: InjectReport | None = report
+        # diffusers notes a component's class and library by these two
+        self.__dict__["__module__"] = type(model).__module__
+
+    # --- behave like the base model ----------------------------------------------------------------------------------
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        """The base model's class, so that pipelines' and trainers' isinstance checks hold; ``type()`` tells the truth."""
+        model = self.__dict__.get("_modules", {}).get("model")
+        return type(self) if model is None else type(model)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(super().__getattr__("model"), name)
+
+    def __reduce__(self) -> Any:
+        wrapper = next(c for c in type(self).__mro__ if c.__module__ == __name__ and not c.__dict__.get("_generated"))
+        return _rebuild, (wrapper, type(self.model)), self.__dict__
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.__reduce__()
+
+    def _get_name(self) -> str:
+        return type(self).__name__
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Whatever the base model returns, with the active adapters."""
+        return self.model(*args, **kwargs)
+
+    @property
+    def base_model(self) -> AdapterModel:
+        """This object; PEFT's ``model.base_model.model`` reaches the base model."""
+        return self
+
+    def get_base_model(self) -> nn.Module:
+        """The base model (with the adapted layers inside)."""
+        return self.model
+
+    # --- bookkeeping -------------------------------------------------------------------------------------------------
+    @property
+    def _state(self) -> AdapterState:
+        return state_of(self.model) or AdapterState()
+
+    @property
+    def peft_config(self) -> dict[str, AdapterConfig]:
+        """Config of every adapter by name."""
+        return self._state.configs
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters."""
+        return list(self._state.active)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The active adapter's name, a list when there are several."""
+        active = self.active_adapters
+        return active[0] if len(active) == 1 else active
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        config: AdapterConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> InjectReport:
+        """Add an adapter of any algorithm; the active ones stay as they are.
+
+        Raises:
+            AdapterError: as `inject_adapter`, before anything has changed.
+        """
+        active = self.active_adapters
+        report = inject_adapter(self.model, config, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype)
+        set_active(self.model, active or [adapter_name])
+        return report
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make one adapter, or several at once, active; the others are frozen and off.
+
+        Raises:
+            AdapterError: an unknown name.
+        """
+        set_active(self.model, [adapter_name] if isinstance(adapter_name, str) else list(adapter_name), inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; layers without adapters become the base layers again.
+
+        Raises:
+            AdapterError: an unknown name.
+        """
+        self._known([adapter_name])
+        detach(self.model, adapter_name)
+
+    def set_scale(self, adapter_name: str, scale: float) -> None:
+        """Multiply an adapter's trained strength: 1 is as trained, 0 exactly the base. Merged adapters are re-merged.
+
+        Raises:
+            AdapterError: an unknown name or a scale that is not a finite number.
+        """
+        self._known([adapter_name])
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+            raise AdapterError(f"scale of {adapter_name!r} is {scale!r}; expected a finite number")
+        for _, layer in adapted_layers(self.model):
+            if adapter_name in layer.adapters:
+                layer.adapter(adapter_name).set_strength(scale)
+                if adapter_name in layer.merged:
+                    layer.merge(layer.merged)
+
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Inside, the model is exactly the base model; merged adapters are taken out and merged again afterwards."""
+        self.disable_adapter_layers()
+        try:
+            yield
+        finally:
+            self.enable_adapter_layers()
+
+    def disable_adapter_layers(self) -> None:
+        """Run the base model alone until `enable_adapter_layers`."""
+        for _, layer in adapted_layers(self.model):
+            if layer.enabled:
+                layer.suspend()
+        self._enable_saved(False)
+
+    def enable_adapter_layers(self) -> None:
+        """Undo `disable_adapter_layers`."""
+        for _, layer in adapted_layers(self.model):
+            if not layer.enabled:
+                layer.resume()
+        self._enable_saved(True)
+
+    def _enable_saved(self, enabled: bool) -> None:
+        for _, module in saved_copies(self.model):
+            module.enabled = enabled
+        biases = self._state.biases
+        if biases is not None:
+            biases.use(self.model, trained=enabled and biases.owner in self.active_adapters)
+
+    # --- merging -----------------------------------------------------------------------------------------------------
+    def merge_adapter(self, adapter_names: Sequence[str] | str | None = None, safe_merge: bool = False) -> None:
+        """Write adapters (default: the active ones) into the base weights, keeping the originals in host memory.
+
+        Merged adapters stay in the weights until `unmerge_adapter`, whatever `set_adapter` says meanwhile.
+
+        Args:
+            adapter_names: which; those that are merged already stay.
+            safe_merge: refuse a result that is not finite.
+
+        Raises:
+            AdapterError: unknown name, a quantized layer, or a non-finite result; no weight has been touched then.
+        """
+        names = self._names(adapter_names)
+        layers = self._mergeable(names, safe_merge)
+        for layer in layers:
+            layer.merge(dict.fromkeys((*layer.merged, *names)))
+
+    def unmerge_adapter(self) -> None:
+        """Put the original weights back, bit for bit."""
+        for _, layer in adapted_layers(self.model):
+            layer.unmerge()
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """Names of the adapters merged somewhere."""
+        return list(dict.fromkeys(n for _, layer in adapted_layers(self.model) for n in layer.merged))
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """Host memory that holds original weights while merged, in bytes."""
+        return sum(layer.snapshot.nbytes for _, layer in adapted_layers(self.model) if layer.snapshot)
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | str | None = None
+    ) -> nn.Module:
+        """Write adapters into the base weights for good and return the base model without adapters.
+
+        Args:
+            progressbar: show progress.
+            safe_merge: refuse a result that is not finite.
+            adapter_names: which; default the active ones. Adapters merged already stay merged.
+        """
+        names = self._names(adapter_names)
+        layers = self._mergeable(names, safe_merge)
+        with _progress(len(layers), progressbar) as advance:
+            for layer in layers:
+                weight = layer.geometry.stored(layer.merged_weight(dict.fromkeys((*layer.merged, *names))))
+                with torch.no_grad():
+                    layer.base_layer.weight.copy_(weight)  # type: ignore[union-attr, operator]
+                advance()
+        unwrap(self.model, keep_saved=True)
+        return self.model
+
+    def unload(self) -> nn.Module:
+        """Remove every adapter and return the base model as it was, merged adapters taken out."""
+        self.unmerge_adapter()
+        unwrap(self.model)
+        return self.model
+
+    def _mergeable(self, names: Sequence[str], safe: bool) -> list[AdaptedLayer]:
+        layers = [(p, m) for p, m in adapted_layers(self.model) if any(n in m.adapters for n in names)]
+        for path, layer in layers:
+            if not layer.has_plain_weight:
+                raise AdapterError(
+                    f"{path!r} ({type(layer.base_layer).__name__}) has a packed weight; it cannot be merged into"
+                )
+            if safe:
+                every = [n for n in dict.fromkeys((*layer.merged, *names)) if n in layer.adapters]
+                if not bool(torch.isfinite(layer.merged_weight(every)).all()):
+                    raise AdapterError(
+                        f"merging {list(names)} gives non-finite weights in {path!r}; nothing was merged. "
+                        "The adapter is damaged, or too strong for the weights' dtype"
+                    )
+        return [layer for _, layer in layers]
+
+    # --- combining ---------------------------------------------------------------------------------------------------
+    def add_weighted_adapter(
+        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str
+    ) -> InjectReport:
+        """Add the exact weighted sum of adapters, of any algorithms and ranks, as a new (inactive) adapter.
+
+        Weights multiply each adapter's strength as trained. The sum holds copies: the originals may be deleted.
+
+        Raises:
+            AdapterError: unknown or repeated names, as many weights as adapters missing, non-finite weights.
+        """
+        self._known(adapters)
+        check_new_name(self.model, adapter_name)
+        if not adapters or len(adapters) != len(weights) or len(set(adapters)) != len(adapters):
+            raise AdapterError(
+                f"expected one weight for each of several different adapters, got {list(adapters)} and {list(weights)}"
+            )
+        if not all(isinstance(w, (int, float)) and math.isfinite(w) for w in weights):
+            raise AdapterError(f"weights are {list(weights)}; expected finite numbers")
+        copies = [p for p, m in saved_copies(self.model) if any(n in m.modules_to_save for n in adapters)]
+        if copies:
+            raise AdapterError(
+                f"{copies[0]!r} is trained in full by one of {list(adapters)}; such copies cannot be summed"
+            )
+        parts = [self.peft_config[n].to_dict() for n in adapters]
+        config = CombinedConfig(parts=parts, weights=[float(w) for w in weights])
+        layers: dict[str, tuple[Target, Adapter]] = {}
+        for path, layer in adapted_layers(self.model):
+            found = {i: layer.adapter(n) for i, n in enumerate(adapters) if n in layer.adapters}
+            if found:
+                own = layer_config(config, path)
+                assert isinstance(own, CombinedConfig)
+                layers[path] = Target(path, layer.base_layer, layer.geometry), Combined.of(own, found)
+        active = self.active_adapters
+        attach(self.model, config, adapter_name, layers)
+        set_active(self.model, active)
+        total = sum(p.numel() for p in self.model.parameters())
+        own_size = sum(p.numel() for _, a in layers.values() for p in a.parameters())
+        return InjectReport(adapter_name, config.peft_name, list(layers), [], own_size, total)
+
+    # --- counting ----------------------------------------------------------------------------------------------------
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Trainable and all parameters, the latter with the adapters."""
+        sizes = [(p.numel(), p.requires_grad) for p in self.parameters()]
+        return sum(n for n, trainable in sizes if trainable), sum(n for n, _ in sizes)
+
+    def print_trainable_parameters(self) -> None:
+        """Print the counts as PEFT does."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
+        )
+
+    # --- files -------------------------------------------------------------------------------------------------------
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+        *,
+        compact: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        save_peft_format: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Save adapters in PEFT's directory format: the one called "default" in the directory, others in sub-directories.
+
+        Args:
+            save_directory: is created.
+            safe_serialization: must be True; pickles are not written.
+            selected_adapters: names; all by default.
+            compact: code SHiRA's indices (a quarter of the size; only this library reads it).
+            state_dict: values to write instead of the live ones, under the live names (trainers gather sharded weights so).
+            save_peft_format: False saves the *base model* under its own names instead. That is how a diffusers pipeline
+                calls this method, and `variant` and `max_shard_size` belong to it.
+        """
+        from .files import save_adapter_directory, save_base_model
+
+        if not save_peft_format:
+            given = {"safe_serialization": safe_serialization, "variant": variant, "max_shard_size": max_shard_size}
+            save_base_model(self.model, save_directory, {k: v for k, v in given.items() if v is not None})
+            return
+        if not safe_serialization:
+            raise AdapterError("safe_serialization=False would write a pickle; only safetensors is written")
+        names = self._names(selected_adapters or list(self.peft_config))
+        for name in names:
+            folder = (
+                os.fspath(save_directory)
+                if name == "default" or len(names) == 1
+                else os.path.join(save_directory, name)
+            )
+            save_adapter_directory(self.model, name, folder, compact=compact, state_dict=state_dict)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: AdapterConfig | None = None,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+        **hub: Any,
+    ) -> AdapterModel:
+        """Load an adapter directory, local or from the Hugging Face Hub, written by this library or by PEFT.
+
+        Args:
+            model: base model, changed in place only when everything fits.
+            model_id: directory or repository.
+            adapter_name: must be new.
+            is_trainable: the factors are float32 (on half-precision bases) and take gradients; otherwise they compute in the
+                base's dtype, and the file's values are kept in host memory for merging and saving.
+            config: overrides the directory's own config.
+            low_cpu_mem_usage: kept for PEFT's sake; factors are always taken over from the file without an extra copy.
+            autocast_adapter_dtype: see `is_trainable`.
+            **hub: ``subfolder``, ``revision``, ``token``, ``cache_dir`` …
+
+        Raises:
+            CheckpointError: the files do not fit the model or are damaged; OSError: they cannot be opened.
+        """
+        from .files import load_adapter_directory
+
+        if isinstance(model, AdapterModel):
+            raise AdapterError(f"{type(model).__name__} is already a wrapper; use its load_adapter()")
+        loaded = load_adapter_directory(
+            model, model_id, adapter_name, is_trainable, config, autocast_adapter_dtype, **hub
+        )
+        wrapper = _MODELS.get(loaded.peft_name, AdapterModel)
+        return wrapper(model)
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool = False,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        **hub: Any,
+    ) -> None:
+        """Load another adapter directory; the active adapters stay active. Arguments as in `from_pretrained`."""
+        from .files import load_adapter_directory
+
+        active = self.active_adapters
+        load_adapter_directory(self.model, model_id, adapter_name, is_trainable, None, autocast_adapter_dtype, **hub)
+        set_active(self.model, active or [adapter_name], inference_mode=not active and not is_trainable)
+
+    # --- helpers -----------------------------------------------------------------------------------------------------
+    def _names(self, names: Sequence[str] | str | None) -> list[str]:
+        chosen = self.active_adapters if names is None else [names] if isinstance(names, str) else list(names)
+        self._known(chosen)
+        return chosen
+
+    def _known(self, names: Sequence[str]) -> None:
+        for name in names:
+            if name not in self.peft_config:
+                raise AdapterError(f"there is no adapter {name!r}; adapters: {sorted(self.peft_config)}")
+
+
+class LoraModel(AdapterModel):
+    """A model with LoRA / LoCon adapters first (arXiv 2106.09685); others may be added."""
+
+    config_class = LoraConfig
+
+
+class LoKrModel(AdapterModel):
+    """A model with LoKr adapters first (arXiv 2309.14859); others may be added."""
+
+    config_class = LoKrConfig
+
+
+class LoHaModel(AdapterModel):
+    """A model with LoHa adapters first (arXiv 2108.06098); others may be added."""
+
+    config_class = LoHaConfig
+
+
+class MissModel(AdapterModel):
+    """A model with MiSS adapters first (arXiv 2409.15371); others may be added."""
+
+    config_class = MissConfig
+
+
+class ShiraModel(AdapterModel):
+    """A model with SHiRA adapters first (arXiv 2406.13175); others may be added."""
+
+    config_class = ShiraConfig
+
+
+PeftModel = AdapterModel
+_MODELS = {m.config_class.peft_name: m for m in (LoraModel, LoKrModel, LoHaModel, MissModel, ShiraModel)}  # type: ignore[union-attr]
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: AdapterConfig,
+    adapter_name: str = "default",
+    autocast_adapter_dtype: bool = True,
+    low_cpu_mem_usage: bool = False,
+    **kwargs: Any,
+) -> AdapterModel:
+    """Wrap a model with a new adapter; the wrapper's class follows the config.
+
+    Raises:
+        AdapterError: as `AdapterModel`; also for keywords that PEFT has and this library does not support.
+    """
+    if kwargs:
+        raise ConfigError(f"get_peft_model does not support {sorted(kwargs)}")
+    wrapper = _MODELS.get(getattr(peft_config, "peft_name", ""), AdapterModel)
+    return wrapper(model, peft_config, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype)
+
+
+@functools.cache
+def _with_signature(wrapper: type, base: type) -> type:
+    """Subclass of a wrapper whose forward shows the base model's signature (trainers look at it)."""
+    if wrapper.__dict__.get("_generated"):
+        return wrapper
+
+    def forward(self: AdapterModel, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    forward.__doc__ = base.forward.__doc__
+    with contextlib.suppress(TypeError, ValueError):  # a builtin forward has no signature to show
+        forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
+    names = {"forward": forward, "_generated": True, "__doc__": wrapper.__doc__, "__module__": wrapper.__module__}
+    return types.new_class(wrapper.__name__, (wrapper,), exec_body=lambda namespace: namespace.update(names))
+
+
+def _rebuild(wrapper: type, base: type) -> AdapterModel:
+    return nn.Module.__new__(_with_signature(wrapper, base))
+
+
+@contextlib.contextmanager
+def _progress(total: int, show: bool) -> Iterator[Any]:
+    if not show:
+        yield lambda: None
+        return
+    from rich.progress import Progress
+
+    with Progress() as progress:
+        task = progress.add_task("merging", total=total)
+        yield lambda: progress.advance(task)
+
+
+__all__ = ["ADAPTERS", "AdapterModel", "get_peft_model"]

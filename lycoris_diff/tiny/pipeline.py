@@ -1,0 +1,122 @@
+"""A complete Stable Diffusion 1.x pipeline in miniature, built offline in a second.
+
+Every part has the class, the block layout and hence the module names of Stable Diffusion 1.5; only widths, depths of
+the text encoder and the picture size (64 x 64, latents 4 x 16 x 16) are small. What works on this pipeline by module
+name works on the real one.
+"""
+
+from __future__ import annotations
+
+from os import PathLike
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from lycoris_diff.tiny.tokenizer import build_tokenizer
+
+PICTURE_SIZE = 64
+LATENT_CHANNELS = 4
+TEXT_WIDTH = 64
+SCALING_FACTOR = 4.0  # brings the latents of the drawn pictures to a standard deviation of about 1
+
+
+def build_pipeline(seed: int = 0) -> StableDiffusionPipeline:
+    """Build the tiny pipeline with random weights, in float32 on the CPU and in evaluation mode.
+
+    The same `seed` gives the same weights; torch's global random state is left as it was. The safety checker and the
+    feature extractor are absent.
+    """
+    tokenizer = build_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        text_encoder = _text_encoder(tokenizer)
+        vae = _vae()
+        unet = _unet()
+    return StableDiffusionPipeline(
+        vae=vae.eval(),
+        text_encoder=text_encoder.eval(),
+        tokenizer=tokenizer,
+        unet=unet.eval(),
+        scheduler=_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def load_pipeline() -> StableDiffusionPipeline:
+    """Return the tiny base model that the demo, the tests and the examples start from."""
+    return build_pipeline()
+
+
+def save_pipeline(directory: str | PathLike[str], seed: int = 0) -> None:
+    """Write the tiny pipeline to `directory` (made if absent), for `StableDiffusionPipeline.from_pretrained`.
+
+    Raises:
+        OSError: `directory` cannot be written.
+    """
+    build_pipeline(seed).save_pretrained(directory)
+
+
+def _text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=4 * TEXT_WIDTH,
+        projection_dim=TEXT_WIDTH,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=tokenizer.model_max_length,
+        hidden_act="quick_gelu",
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModel(config)
+
+
+def _vae() -> AutoencoderKL:
+    widths = (16, 32, 64)
+    vae = AutoencoderKL(
+        block_out_channels=widths,
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=8,
+        sample_size=PICTURE_SIZE,
+        scaling_factor=SCALING_FACTOR,
+    )
+    with torch.no_grad():  # a trained autoencoder is sure of its latents; a random one must be told to be
+        vae.quant_conv.weight[LATENT_CHANNELS:] = 0
+        vae.quant_conv.bias[LATENT_CHANNELS:] = -10
+    return vae
+
+
+def _unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=PICTURE_SIZE // 4,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        block_out_channels=(32, 64, 96, 96),
+        layers_per_block=2,
+        attention_head_dim=4,  # the number of heads, as in SD 1.5's own configuration
+        cross_attention_dim=TEXT_WIDTH,
+        norm_num_groups=8,
+    )
+
+
+def _scheduler() -> DDIMScheduler:
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="epsilon",
+    )

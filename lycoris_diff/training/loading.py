@@ -1,0 +1,54 @@
+"""Trained adapters put onto a pipeline."""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+
+from lycoris_diff import AdapterModel
+from lycoris_diff.errors import AdapterError
+from lycoris_diff.training.config import COMPONENTS
+
+
+def load_trained(
+    pipe: DiffusionPipeline,
+    directory: str | PathLike[str],
+    adapter_name: str = "default",
+    is_trainable: bool = False,
+) -> list[str]:
+    """Load what `train_dreambooth` saved: wraps `pipe.unet` and `pipe.text_encoder` where `directory` has their
+    adapter.
+
+    Either all components get their adapter or, on an error, none does.
+
+    Args:
+        pipe: a pipeline with the base model that was trained on; its components must not be wrapped yet.
+        directory: the `output_dir` of the training run, with a sub-directory a component.
+        adapter_name: the name of the loaded adapter.
+        is_trainable: False loads for inference, frozen.
+
+    Returns:
+        The names of the components that were wrapped.
+
+    Raises:
+        AdapterError: `directory` holds no component's adapter, or one does not fit the pipeline.
+        OSError: a file cannot be opened.
+    """
+    folder = Path(directory)
+    found = [component for component in COMPONENTS if (folder / component).is_dir()]
+    if not found:
+        raise AdapterError(f"no trained adapter in {str(folder)!r}; expected a sub-directory {' or '.join(COMPONENTS)}")
+    wrapped: list[str] = []
+    try:
+        for component in found:
+            base = getattr(pipe, component)
+            model = AdapterModel.from_pretrained(base, folder / component, adapter_name, is_trainable=is_trainable)
+            setattr(pipe, component, model)
+            wrapped.append(component)
+    except (AdapterError, OSError):
+        for component in wrapped:
+            setattr(pipe, component, getattr(pipe, component).unload())
+        raise
+    return found
