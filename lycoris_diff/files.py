@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,15 @@ from torch import Tensor, nn
 
 from .adapters.config import AdapterConfig
 from .errors import AdapterError, CheckpointError
-from .injection import attach, check_new_name, set_active, state_of
-from .layers.layer import AdaptedLayer
-from .layers.saved import SavedModule
+from .injection import (
+    adapted_layers,
+    attach,
+    check_new_name,
+    replace_modules,
+    saved_copies,
+    set_active,
+    state_of,
+)
 from .peft_format import compact_state_dict, config_from_dict, config_to_dict, get_peft_model_state_dict, read_adapters
 
 CONFIG_NAME = "adapter_config.json"
@@ -161,18 +167,13 @@ def save_base_model(base: nn.Module, directory: str | os.PathLike[str], argument
     save = getattr(type(base), "save_pretrained", None)
     if save is None:
         raise AdapterError(f"{type(base).__name__} has no save_pretrained of its own")
-    adapted = [(p, m) for p, m in base.named_modules() if isinstance(m, (AdaptedLayer, SavedModule))]
-
-    def put(choose: Callable[[nn.Module], nn.Module]) -> None:
-        for path, module in adapted:
-            parent, _, leaf = path.rpartition(".")
-            setattr(base.get_submodule(parent), leaf, choose(module))
-
-    put(lambda m: m.base_layer if isinstance(m, AdaptedLayer) else m.original_module)  # type: ignore[return-value]
+    swaps: dict[nn.Module, nn.Module] = {m: m.base_layer for _, m in adapted_layers(base)}
+    swaps |= {m: m.original_module for _, m in saved_copies(base)}
+    replace_modules(base, swaps)
     try:
         save(base, directory, **arguments)
     finally:
-        put(lambda m: m)
+        replace_modules(base, {original: adapted for adapted, original in swaps.items()})
 
 
 class _replacing:

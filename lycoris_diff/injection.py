@@ -92,7 +92,7 @@ def check_new_name(model: nn.Module, name: str) -> None:
     state = state_of(model)
     if not isinstance(name, str) or not name or "." in name:
         raise AdapterError(f"adapter name {name!r} is not usable; use a non-empty name without dots")
-    if hasattr(nn.ModuleDict, name):
+    if hasattr(nn.ModuleDict(), name):
         raise AdapterError(f"adapter name {name!r} is an attribute of torch's ModuleDict; choose another")
     if state is not None and name in state.configs:
         raise AdapterError(
@@ -193,19 +193,20 @@ def attach(
         state = AdapterState(was_trainable={n for n, p in model.named_parameters() if p.requires_grad})
         model.__dict__[_STATE] = state
         model.requires_grad_(False)
+    swaps: dict[nn.Module, nn.Module] = {}
     for path, (target, adapter) in adapters.items():
         layer = model.get_submodule(path)
         if not isinstance(layer, AdaptedLayer):
-            layer = AdaptedLayer(target.layer, target.geometry)
-            _replace(model, path, layer)
+            layer = swaps[target.layer] = AdaptedLayer(target.layer, target.geometry)
         adapter.train(layer.training)
         layer.adapters[name] = adapter
     for path in saved:
         module = model.get_submodule(path)
         if not isinstance(module, SavedModule):
-            module = SavedModule(module)
-            _replace(model, path, module)
+            original, module = module, SavedModule(module)
+            swaps[original] = module
         module.add(name)
+    replace_modules(model, swaps)
     state.configs[name] = config
     if bias_mode(config) != "none":
         state.biases = BiasSet.begin(model, config, name)
@@ -218,7 +219,8 @@ def detach(model: nn.Module, name: str) -> None:
     if state.biases is not None and state.biases.owner == name:
         state.biases.use(model, trained=False)
         state.biases = None
-    for path, layer in list(adapted_layers(model)):
+    swaps: dict[nn.Module, nn.Module] = {}
+    for _, layer in adapted_layers(model):
         if name not in layer.adapters:
             continue
         if name in layer.merged:
@@ -226,12 +228,13 @@ def detach(model: nn.Module, name: str) -> None:
         del layer.adapters[name]
         layer.active = tuple(n for n in layer.active if n != name)
         if not layer.adapters:
-            _replace(model, path, layer.base_layer)
-    for path, module in list(saved_copies(model)):
+            swaps[layer] = layer.base_layer
+    for _, module in saved_copies(model):
         if name in module.modules_to_save:
             del module.modules_to_save[name]
         if not module.modules_to_save:
-            _replace(model, path, module.original_module)
+            swaps[module] = module.original_module
+    replace_modules(model, swaps)
     del state.configs[name]
     rest = [n for n in state.active if n != name] or list(state.configs)[:1]
     if state.configs:
@@ -251,10 +254,9 @@ def unwrap(model: nn.Module, keep_saved: bool = False) -> None:
         return
     if not keep_saved and state.biases is not None:
         state.biases.use(model, trained=False)
-    for path, layer in list(adapted_layers(model)):
-        _replace(model, path, layer.base_layer)
-    for path, module in list(saved_copies(model)):
-        _replace(model, path, module.current if keep_saved else module.original_module)
+    swaps: dict[nn.Module, nn.Module] = {layer: layer.base_layer for _, layer in adapted_layers(model)}
+    swaps |= {m: m.current if keep_saved else m.original_module for _, m in saved_copies(model)}
+    replace_modules(model, swaps)
     forget(model)
 
 
@@ -300,9 +302,12 @@ def set_active(model: nn.Module, names: list[str], inference_mode: bool = False)
 
 
 # --- helpers -------------------------------------------------------------------------------------------------------------
-def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, leaf = path.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
+def replace_modules(model: nn.Module, swaps: Mapping[nn.Module, nn.Module]) -> None:
+    """Put modules in others' places, wherever they occur; a module used in several places stays one module."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child in swaps:
+                setattr(parent, name, swaps[child])
 
 
 def _device(layer: nn.Module) -> torch.device:

@@ -8,6 +8,7 @@ import inspect
 import math
 import os
 import types
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -291,7 +292,13 @@ class AdapterModel(nn.Module):
 
     def _mergeable(self, names: Sequence[str], safe: bool) -> list[AdaptedLayer]:
         layers = [(p, m) for p, m in adapted_layers(self.model) if any(n in m.adapters for n in names)]
+        owners = Counter(p for m in self.model.modules() for p in m._parameters.values() if p is not None)
         for path, layer in layers:
+            if layer.has_plain_weight and owners[layer.base_layer.weight] > 1:  # type: ignore[index]
+                raise AdapterError(
+                    f"{path!r} shares its weight with another module (tied weights); merging would change both. "
+                    "Untie them first, or leave the adapter unmerged"
+                )
             if not layer.has_plain_weight:
                 raise AdapterError(
                     f"{path!r} ({type(layer.base_layer).__name__}) has a packed weight; it cannot be merged into"

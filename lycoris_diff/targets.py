@@ -78,11 +78,11 @@ class Target:
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Modules of the base model under the base's own names; adapters are left out, adapted layers give their base."""
     skip: tuple[str, ...] = ()
-    for path, module in model.named_modules():
+    for path, module in model.named_modules(remove_duplicate=False):
         if skip and path.startswith(skip):
             continue
         if isinstance(module, (AdaptedLayer, SavedModule)):
-            skip = (f"{path}.",)
+            skip = (f"{path}.",)  # the walk is depth first: one prefix at a time is enough
             yield path, module.base_layer if isinstance(module, AdaptedLayer) else module.original_module
         elif type(module).__module__ != "torch.nn.modules.container" or path:
             yield path, module
@@ -110,6 +110,8 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> list[Target]:
     saved = set(_by_names(modules, config.modules_to_save, "modules_to_save")) if config.modules_to_save else set()
     chosen = [p for p in chosen if p not in excluded and not _inside(p, saved)]
     chosen = _by_layer_index(chosen, config)
+    first = {module: path for path, module in reversed(modules.items())}  # a shared module is one target
+    chosen = [p for p in chosen if first[modules[p]] == p or first[modules[p]] not in chosen]
     targets = [t for path in chosen if (t := _target(model, path, modules[path], explicit)) is not None]
     if not targets:
         raise TargetError(f"nothing to adapt in {type(model).__name__}: {_describe(config)} leaves no module")
@@ -199,7 +201,7 @@ def _by_regex(modules: dict[str, nn.Module], pattern: str, field: str) -> list[s
 
 
 def _by_preset(model: nn.Module, modules: dict[str, nn.Module], preset: str) -> list[str]:
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    head = _output_head(model)
     hits = []
     for path, module in modules.items():
         if not path or module is head or geometry_of(module) is None:
@@ -210,6 +212,15 @@ def _by_preset(model: nn.Module, modules: dict[str, nn.Module], preset: str) -> 
     if not hits:
         raise TargetError(f"target_modules={preset!r}: {type(model).__name__} has no module of that kind")
     return hits
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    """A transformers model's language or classification head, which presets leave alone (PEFT's rule)."""
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if find is not None else None
+    if head is None and type(model).__module__.startswith("transformers."):
+        head = next((m for n, m in model.named_children() if n in ("score", "classifier")), None)
+    return head
 
 
 def role_of(path: str, module: nn.Module, modules: dict[str, nn.Module]) -> str:

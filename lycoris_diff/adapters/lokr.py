@@ -42,8 +42,8 @@ class LoKrConfig(ScaledConfig):
             raise ConfigError(
                 f"LoKrConfig: decompose_factor is {self.decompose_factor!r}; expected -1 or a positive integer"
             )
-        if self.full_matrix and self.decompose_both:
-            raise ConfigError("LoKrConfig: full_matrix and decompose_both contradict each other; choose one")
+        if self.full_matrix:
+            self._warn_without_effect("decompose_both", "with full_matrix=True")
 
 
 @register
@@ -66,7 +66,7 @@ class LoKr(Adapter):
         c, d = lokr.factorization(geometry.inp, config.decompose_factor)
         taps = geometry.columns // geometry.inp
         shapes: dict[str, tuple[int, ...]] = {}
-        if config.decompose_both and r < max(a, c) / 2:
+        if config.decompose_both and not config.full_matrix and r < max(a, c) / 2:
             shapes |= {"lokr_w1_a": (a, r), "lokr_w1_b": (r, c)}
         else:
             shapes["lokr_w1"] = (a, c)
@@ -93,11 +93,7 @@ class LoKr(Adapter):
     def peft_gap(cls, geometry: Geometry, config: LoKrConfig) -> str | None:
         if config.full_matrix:
             return "PEFT derives the shapes from r and has no full_matrix"
-        if (
-            len(geometry.kernel) == 1
-            and geometry.has_kernel
-            and not cls.shapes(geometry, config).keys() >= {"lokr_w2_a"}
-        ):
+        if len(geometry.kernel) == 1 and not cls.shapes(geometry, config).keys() >= {"lokr_w2_a"}:
             return "PEFT's Kronecker product is wrong for a full second factor on Conv1d"
         if len(geometry.kernel) == 1 and "lokr_t2" in cls.shapes(geometry, config):
             return "PEFT's effective-conv LoKr fails on Conv1d"

@@ -136,7 +136,7 @@ class Geometry:
         p, d = weight.shape
         if not self.kernel:
             return (x.reshape(-1, d) @ weight.T).view(x.shape[0], groups * p)
-        y = torch.matmul(weight, x.reshape(x.shape[0] * groups, d, -1))
+        y = torch.matmul(weight, x.reshape(x.shape[0] * groups, d, prod(x.shape[2:])))
         return y.view(x.shape[0], groups * p, *x.shape[2:])
 
     def accumulate_(self, y: Tensor, h: Tensor, weight: Tensor, groups: int = 1) -> Tensor:
@@ -146,8 +146,8 @@ class Geometry:
             y.view(-1, b).addmm_(h.reshape(-1, q), weight.T)
         else:
             batch = y.shape[0] * groups
-            flat = y.view(batch, b, -1)
-            flat.baddbmm_(weight.expand(batch, b, q), h.reshape(batch, q, -1))
+            size = prod(y.shape[2:])
+            y.view(batch, b, size).baddbmm_(weight.expand(batch, b, q), h.reshape(batch, q, size))
         return y
 
     def pointwise_weight_grad(self, x: Tensor, grad: Tensor, weight: Tensor, groups: int) -> Tensor:
@@ -155,22 +155,24 @@ class Geometry:
         p, d = weight.shape
         if not self.kernel:
             return narrow_product(grad.reshape(-1, p), x.reshape(-1, d))
-        batch = x.shape[0] * groups
-        return torch.bmm(grad.reshape(batch, p, -1), x.reshape(batch, d, -1).mT).sum(0)
+        batch, size = x.shape[0] * groups, prod(x.shape[2:])
+        return torch.bmm(grad.reshape(batch, p, size), x.reshape(batch, d, size).mT).sum(0)
 
     def fold(self, x: Tensor, groups: int) -> Tensor:
         """``(b, groups*d, *s) -> (b*groups, d, *s)``, so that one operation treats every slice."""
-        return x if groups == 1 else x.reshape(x.shape[0] * groups, -1, *x.shape[2:])
+        return x if groups == 1 else x.reshape(x.shape[0] * groups, x.shape[1] // groups, *x.shape[2:])
 
     def unfold(self, x: Tensor, groups: int) -> Tensor:
         """Inverse of `fold`."""
-        return x if groups == 1 else x.reshape(x.shape[0] // groups, -1, *x.shape[2:])
+        return x if groups == 1 else x.reshape(x.shape[0] // groups, x.shape[1] * groups, *x.shape[2:])
 
 
 def mix(x: Tensor, weight: Tensor) -> Tensor:
     """``weight (a, c)`` across the slices: ``(b, c*q, *s) -> (b, a*q, *s)``; the same for every layer kind."""
-    y = torch.matmul(weight, x.reshape(x.shape[0], weight.shape[1], -1))
-    return y.view(x.shape[0], -1, *x.shape[2:])
+    a, c = weight.shape
+    batch, channels, *space = x.shape
+    y = torch.matmul(weight, x.reshape(batch, c, channels // c * prod(space)))
+    return y.view(batch, a * (channels // c), *space)
 
 
 def narrow_product(left: Tensor, right: Tensor) -> Tensor:

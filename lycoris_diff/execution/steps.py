@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -100,14 +101,13 @@ class Mix(Step):
 
     def weight_grad(self, geo: Geometry, x: Tensor, w: Tensor, grad: Tensor) -> Tensor:
         a, c = w.shape
-        batch = x.shape[0]
-        return torch.einsum("naq,ncq->ac", grad.reshape(batch, a, -1), x.reshape(batch, c, -1))
+        batch, size = x.shape[0], x.shape[1] // c * prod(x.shape[2:])
+        return torch.einsum("naq,ncq->ac", grad.reshape(batch, a, size), x.reshape(batch, c, size))
 
     def add_(self, geo: Geometry, y: Tensor, x: Tensor, w: Tensor) -> None:
         a, c = w.shape
-        batch = y.shape[0]
-        flat = y.view(batch, a, -1)
-        flat.baddbmm_(w.expand(batch, a, c), x.reshape(batch, c, -1))
+        batch, size = x.shape[0], x.shape[1] // c * prod(x.shape[2:])
+        y.view(batch, a, size).baddbmm_(w.expand(batch, a, c), x.reshape(batch, c, size))
 
     def add_adjoint_(self, geo: Geometry, gx: Tensor, x: Tensor, w: Tensor, grad: Tensor) -> None:
         self.add_(geo, gx, grad, w.T)

@@ -251,7 +251,7 @@ class AdaptedLayer(nn.Module):
         base = self.base_weight().detach()
         dense = []
         with torch.no_grad():
-            for adapter, f in (m for n in names for m in self.adapter(n).members(exact=True)):
+            for adapter, f in (m for n in names if n in self.adapters for m in self.adapter(n).members(exact=True)):
                 if adapter.get_strength() == 0.0:
                     continue
                 work = torch.promote_types(torch.promote_types(base.dtype, torch.float32), adapter.strength.dtype)
