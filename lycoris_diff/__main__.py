@@ -1,6 +1,6 @@
 """`python -m lycoris_diff`: the same as the `lycoris-diff` command."""
 
-from lycoris_diff.cli.main import main
+from .cli.main import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

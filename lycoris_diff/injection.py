@@ -167,15 +167,11 @@ def inject_adapter(
     _check_bias(model, config, adapter_name)
     for target in targets:
         _check_decomposable(target, config)
-    adapters = {
-        t.path: build_adapter(t, config, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype) for t in targets
-    }
+    adapters = {t.path: build_adapter(t, config, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype) for t in targets}
     attach(model, config, adapter_name, {t.path: (t, adapters[t.path]) for t in targets}, saved)
     set_active(model, [adapter_name])
     own = sum(p.numel() for a in adapters.values() for p in a.parameters())
-    own += sum(
-        p.numel() for path in saved for p in model.get_submodule(path).modules_to_save[adapter_name].parameters()
-    )
+    own += sum(p.numel() for path in saved for p in model.get_submodule(path).modules_to_save[adapter_name].parameters())
     total = sum(p.numel() for p in model.parameters())
     return InjectReport(adapter_name, config.peft_name, list(adapters), saved, own, total)
 

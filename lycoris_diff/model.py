@@ -70,9 +70,7 @@ class AdapterModel(nn.Module):
         autocast_adapter_dtype: bool = True,
     ) -> None:
         if isinstance(model, AdapterModel):
-            raise AdapterError(
-                f"{type(model).__name__} is already a wrapper; use its add_adapter(), or wrap get_base_model()"
-            )
+            raise AdapterError(f"{type(model).__name__} is already a wrapper; use its add_adapter(), or wrap get_base_model()")
         if not isinstance(model, nn.Module):
             raise AdapterError(f"expected a torch module, got {type(model).__name__}")
         if self.config_class is not None and config is not None and not isinstance(config, self.config_class):
@@ -313,9 +311,7 @@ class AdapterModel(nn.Module):
         return [layer for _, layer in layers]
 
     # --- combining ---------------------------------------------------------------------------------------------------
-    def add_weighted_adapter(
-        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str
-    ) -> InjectReport:
+    def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> InjectReport:
         """Add the exact weighted sum of adapters, of any algorithms and ranks, as a new (inactive) adapter.
 
         Weights multiply each adapter's strength as trained. The sum holds copies: the originals may be deleted.
@@ -333,9 +329,7 @@ class AdapterModel(nn.Module):
             raise AdapterError(f"weights are {list(weights)}; expected finite numbers")
         copies = [p for p, m in saved_copies(self.model) if any(n in m.modules_to_save for n in adapters)]
         if copies:
-            raise AdapterError(
-                f"{copies[0]!r} is trained in full by one of {list(adapters)}; such copies cannot be summed"
-            )
+            raise AdapterError(f"{copies[0]!r} is trained in full by one of {list(adapters)}; such copies cannot be summed")
         parts = [self.peft_config[n].to_dict() for n in adapters]
         config = CombinedConfig(parts=parts, weights=[float(w) for w in weights])
         layers: dict[str, tuple[Target, Adapter]] = {}
@@ -361,9 +355,7 @@ class AdapterModel(nn.Module):
     def print_trainable_parameters(self) -> None:
         """Print the counts as PEFT does."""
         trainable, total = self.get_nb_trainable_parameters()
-        print(
-            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
-        )
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}")
 
     # --- files -------------------------------------------------------------------------------------------------------
     def save_pretrained(
@@ -400,11 +392,7 @@ class AdapterModel(nn.Module):
             raise AdapterError("safe_serialization=False would write a pickle; only safetensors is written")
         names = self._names(selected_adapters or list(self.peft_config))
         for name in names:
-            folder = (
-                os.fspath(save_directory)
-                if name == "default" or len(names) == 1
-                else os.path.join(save_directory, name)
-            )
+            folder = os.fspath(save_directory) if name == "default" or len(names) == 1 else os.path.join(save_directory, name)
             save_adapter_directory(self.model, name, folder, compact=compact, state_dict=state_dict)
 
     @classmethod
@@ -439,9 +427,7 @@ class AdapterModel(nn.Module):
 
         if isinstance(model, AdapterModel):
             raise AdapterError(f"{type(model).__name__} is already a wrapper; use its load_adapter()")
-        loaded = load_adapter_directory(
-            model, model_id, adapter_name, is_trainable, config, autocast_adapter_dtype, **hub
-        )
+        loaded = load_adapter_directory(model, model_id, adapter_name, is_trainable, config, autocast_adapter_dtype, **hub)
         wrapper = _MODELS.get(loaded.peft_name, AdapterModel)
         return wrapper(model)
 

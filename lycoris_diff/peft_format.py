@@ -138,7 +138,7 @@ def _given(state_dict: Mapping[str, Tensor] | None, key: str, value: Tensor) -> 
 
 
 def _live_tensor(base: nn.Module, key: str, name: str) -> Tensor:
-    path, layer, rest = locate(base, key)
+    _, layer, rest = locate(base, key)
     if isinstance(layer, AdaptedLayer) and rest != "base_layer.bias":
         return layer.adapter(name).get_tensor(rest)
     if isinstance(layer, SavedModule):
@@ -146,17 +146,16 @@ def _live_tensor(base: nn.Module, key: str, name: str) -> Tensor:
     return base.get_parameter(key)
 
 
-def locate(base: nn.Module, key: str) -> tuple[str, nn.Module | None, str]:
+def locate(base: nn.Module, key: str) -> tuple[str, nn.Module, str]:
     """The deepest module a key starts with (an adapted or saved module ends the search), and the rest of the key."""
-    parts, module, depth = key.split("."), base, 0
-    for depth, part in enumerate(parts):
-        child = module._modules.get(part)
-        if child is None or isinstance(module, (AdaptedLayer, SavedModule)):
+    path, rest, module = [], key.split("."), base
+    while rest and not isinstance(module, (AdaptedLayer, SavedModule)):
+        child = module._modules.get(rest[0])
+        if child is None:
             break
         module = child
-    else:
-        depth = len(parts)
-    return ".".join(parts[:depth]), module, ".".join(parts[depth:])
+        path.append(rest.pop(0))
+    return ".".join(path), module, ".".join(rest)
 
 
 # --- from tensors to adapters ------------------------------------------------------------------------------------------------
@@ -193,9 +192,7 @@ def read_adapters(
         else:
             problems.append(f"{name} (the model has no module for it{nearest(key.rpartition('.')[0], modules)})")
     if problems or not groups:
-        raise CheckpointError(
-            f"the file does not fit {type(base).__name__}: " + _first(problems or ["it holds no adapter"])
-        )
+        raise CheckpointError(f"the file does not fit {type(base).__name__}: " + _first(problems or ["it holds no adapter"]))
     adapters: dict[str, tuple[Target, Adapter]] = {}
     for path, found in groups.items():
         geometry = geometry_of(modules[path])
@@ -283,10 +280,7 @@ def config_to_dict(config: AdapterConfig, base: nn.Module, adapter_name: str, co
     out = {k: v for k, v in out.items() if v is not None or k == "target_modules"}
     layers = {p: m for p, m in adapted_layers(base) if adapter_name in m.adapters}
     targets = out.get("target_modules")
-    selects = (
-        any(values.get(k) is not None for k in ("exclude_modules", "layers_to_transform"))
-        and config.peft_name == "SHIRA"
-    )
+    selects = any(values.get(k) is not None for k in ("exclude_modules", "layers_to_transform")) and config.peft_name == "SHIRA"
     if targets is None or targets in PRESETS or selects:
         out["target_modules"] = sorted(layers)
         for field in ("exclude_modules", "layers_to_transform", "layers_pattern"):

@@ -99,9 +99,7 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> list[Target]:
     if wanted is None:
         wanted = default_targets(model)
     if isinstance(wanted, str):
-        chosen = (
-            _by_preset(model, modules, wanted) if wanted in PRESETS else _by_regex(modules, wanted, "target_modules")
-        )
+        chosen = _by_preset(model, modules, wanted) if wanted in PRESETS else _by_regex(modules, wanted, "target_modules")
         explicit = wanted not in PRESETS
     else:
         chosen = _by_names(modules, wanted, "target_modules")
@@ -284,17 +282,13 @@ def _target(model: nn.Module, path: str, module: nn.Module, explicit: bool) -> T
             "transformers' Conv1D"
         )
     if not path:
-        raise TargetError(
-            f"the model itself is {type(module).__name__}; put it into a module and name it in target_modules"
-        )
+        raise TargetError(f"the model itself is {type(module).__name__}; put it into a module and name it in target_modules")
     owner = model.get_submodule(path.rpartition(".")[0])
     if isinstance(owner, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
         # these read .weight of their children instead of calling them: an adapter there would do nothing, silently
         if not explicit:
             return None
-        raise TargetError(
-            f"{path!r} sits in {type(owner).__name__}, which never calls it; an adapter would have no effect"
-        )
+        raise TargetError(f"{path!r} sits in {type(owner).__name__}, which never calls it; an adapter would have no effect")
     return Target(path, module, geometry)
 
 

@@ -1,7 +1,7 @@
 """The algorithms and host layers every oracle test runs over, and small helpers to build and fill them.
 
-Sizes are chosen so that each name below really is what it says: 24 = 4*6 inputs and 36 = 6*6 outputs give LoKr factors a rank of
-2 splits, and 5 does not divide 24.
+Sizes are chosen so that each name below really is what it says: 24 = 4*6 inputs and 36 = 6*6 outputs give LoKr factors
+a rank of 2 splits, and 5 does not divide 24.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
-    """Everything that must be untouched by a refused or undone call: module tree, parameters bit for bit, flags, hooks."""
+    """What a refused or undone call must leave alone: module tree, tensors bit for bit, flags, hooks."""
     tree = {name: type(module) for name, module in model.named_modules(remove_duplicate=False)}
     tensors = {k: (v.dtype, tuple(v.shape), v.detach().clone()) for k, v in model.state_dict().items()}
     flags = {k: p.requires_grad for k, p in model.named_parameters()}

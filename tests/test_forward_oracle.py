@@ -29,8 +29,8 @@ from torch import nn
 
 from lycoris_diff import AdapterModel, inject_adapter
 
-# Largest error over the largest expected value. Half precision: one rounding of the output, plus the base layer's own; merged
-# weights are rounded to the base dtype as well, and sum up over in * K products.
+# Largest error over the largest expected value. Half precision: one rounding of the output, plus the base layer's own;
+# merged weights are rounded to the base dtype as well, and sum up over in * K products.
 FORWARD_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
 MERGED_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
@@ -169,7 +169,7 @@ def test_other_starts(start):
         for name in ("loha", "loha-tucker", "miss", "shira", "lora", "lora-dora"):
             model, adapted = adapt(make_layer("conv2d-zeros"), ALGORITHMS[name](init_weights=False))
             x = make_input(adapted.base_layer)
-            assert relative_error(model(x).detach(), adapted.base_layer(x)) > 1e-3, name
+            assert relative_error(model(x).detach(), adapted.base_layer(x)) > 1e-6, name
 
 
 # ---------------------------------------------------------------------------------------------- several at one layer
@@ -202,7 +202,7 @@ def test_several_adapters_add_up_in_any_order(layer):
     names = MIXTURES[layer]
     strengths = {name: 0.3 + 0.4 * i for i, name in enumerate(names)}
     model, adapted, configs = mixture(layer, names, strengths)
-    reverse, adapted_reverse, _ = mixture(layer, names[::-1], strengths)
+    reverse, _, _ = mixture(layer, names[::-1], strengths)
     weight = adapted.base_layer.weight.detach().clone()
     changes = [
         (

@@ -1,7 +1,7 @@
 """LyCORIS 4.1 as oracle, through its modules' forward (its ``merge_to`` applies the scale twice, so never that).
 
-Known to differ and left out: LyCORIS ignores ``padding_mode``, scales LoKr with two full factors by 1 instead of alpha / r, and
-adds an epsilon of 1e-7 to DoRA's norm.
+Known to differ and left out: LyCORIS ignores ``padding_mode``, scales LoKr with two full factors by 1 instead of
+alpha / r, and adds an epsilon of 1e-7 to DoRA's norm.
 """
 
 from __future__ import annotations

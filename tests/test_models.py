@@ -28,7 +28,7 @@ from lycoris_diff import (
     inject_adapter,
 )
 
-# -------------------------------------------------------------------------------------------- every system, every family
+# ------------------------------------------------------------------------------------------ every system, every family
 
 
 @pytest.mark.parametrize("kind", list(CONFIGS))
@@ -171,7 +171,7 @@ def test_set_adapter_switches_and_freezes():
     assert all(not torch.equal(p, q) for p, q in itertools.combinations(outputs, 2))
     model.set_adapter(["c", "a", "b"])
     assert relative_error(output_of(model, x), results["a", "b", "c"]) < 1e-5
-    with pytest.raises(AdapterError, match="nothing|'a'|a, b"):
+    with pytest.raises(AdapterError, match="nothing"):
         model.set_adapter("nothing")
     assert list(model.active_adapters) == ["c", "a", "b"]
 

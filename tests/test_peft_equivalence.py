@@ -1,7 +1,7 @@
-"""PEFT 0.21 as oracle: files go both ways with equal outputs where PEFT is right, and PEFT never misreads what we write.
+"""PEFT 0.21 as oracle: files go both ways with equal outputs where PEFT is right, and PEFT never misreads ours.
 
-Where PEFT's own formula is wrong (LoKr on Conv1d with a full second factor or a core, ``padding_mode`` of LoKr, LoHa and LoRA
-convolutions, dilation of LoRA ones) its files are still read, and the result is the dense float64 rebuild.
+Where PEFT's own formula is wrong (LoKr on Conv1d with a full second factor or a core, ``padding_mode`` of LoKr, LoHa
+and LoRA convolutions, dilation of LoRA ones) its files are still read, and the result is the dense float64 rebuild.
 """
 
 from __future__ import annotations
@@ -280,7 +280,7 @@ def test_lokr_convolution_shapes(kernel, core):
         assert own == shapes
 
 
-# ------------------------------------------------------------------------------------------------------ whole directories
+# ---------------------------------------------------------------------------------------------------- whole directories
 
 
 class Net(nn.Module):

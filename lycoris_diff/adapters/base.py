@@ -59,6 +59,9 @@ class Adapter(nn.Module):
     #: name of the DoRA magnitude, empty when the algorithm cannot be decomposed
     magnitude_name: ClassVar[str] = ""
 
+    #: what `row_statistics` keeps for backward is a few vectors
+    small_row_statistics: ClassVar[bool] = False
+
     strength: Tensor
 
     def __init__(self, geometry: Geometry, config: AdapterConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -199,11 +202,7 @@ class Adapter(nn.Module):
     # --- what the layer uses -----------------------------------------------------------------------------------------
     def inputs(self, exact: bool = False) -> dict[str, Tensor]:
         """Factors plus ``strength`` and ``scale`` (the factor on the delta); ``exact`` prefers the values as stored."""
-        scale = (
-            self.strength * self.scaling
-            if not self.depends_on_weight
-            else torch.ones_like(self.strength) * self.scaling
-        )
+        scale = self.strength * self.scaling if not self.depends_on_weight else torch.ones_like(self.strength) * self.scaling
         return {**(self.exact_factors() if exact else self.factors()), "scale": scale, "strength": self.strength}
 
     def members(self, exact: bool = False) -> list[tuple[Adapter, dict[str, Tensor]]]:

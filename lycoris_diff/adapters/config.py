@@ -105,9 +105,7 @@ class AdapterConfig:
                 raise ConfigError(f"rank_pattern[{pattern!r}] is {value!r}; expected a positive integer")
         if not isinstance(self.init_weights, bool) and self.init_weights not in self.inits:
             allowed = ", ".join(repr(v) for v in (True, False, *self.inits))
-            raise ConfigError(
-                f"{type(self).__name__}: init_weights is {self.init_weights!r}; expected one of {allowed}"
-            )
+            raise ConfigError(f"{type(self).__name__}: init_weights is {self.init_weights!r}; expected one of {allowed}")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError("layers_pattern has no effect without layers_to_transform; set both")
         if isinstance(self.target_modules, (list, set, tuple)) and not self.target_modules:
@@ -185,11 +183,7 @@ class ScaledConfig(AdapterConfig):
 
     def check(self) -> None:
         super().check()
-        if (
-            isinstance(self.alpha, bool)
-            or not isinstance(self.alpha, (int, float))
-            or not abs(self.alpha) < float("inf")
-        ):
+        if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)) or not abs(self.alpha) < float("inf"):
             raise ConfigError(f"{type(self).__name__}: alpha is {self.alpha!r}; expected a finite number")
         for name in ("rank_dropout", "module_dropout"):
             self._probability(name)

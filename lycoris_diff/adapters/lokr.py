@@ -1,4 +1,4 @@
-"""LoKr (arXiv 2212.10650, 2309.14859): ``dW = s * (w1 (x) w2)``; each half full or low-rank, w2 optionally with a Tucker core."""
+"""LoKr (arXiv 2212.10650, 2309.14859): ``dW = s * (w1 (x) w2)``; halves full or low-rank, w2 optionally with a core."""
 
 from __future__ import annotations
 
@@ -39,9 +39,7 @@ class LoKrConfig(ScaledConfig):
     def check(self) -> None:
         super().check()
         if not isinstance(self.decompose_factor, int) or self.decompose_factor == 0 or self.decompose_factor < -1:
-            raise ConfigError(
-                f"LoKrConfig: decompose_factor is {self.decompose_factor!r}; expected -1 or a positive integer"
-            )
+            raise ConfigError(f"LoKrConfig: decompose_factor is {self.decompose_factor!r}; expected -1 or a positive integer")
         if self.full_matrix:
             self._warn_without_effect("decompose_both", "with full_matrix=True")
 
@@ -140,7 +138,7 @@ class LoKr(Adapter):
             last = Pointwise(lambda f: f["lokr_w2_a"].T, groups=a)
             cost = c * d * r + c * r * r * taps + a * c * r + a * b * r
             return Program(first, last, partial(self._core_then_mix, c), cost=cost, width=max(a, c) * r)
-        down = lambda f: f["lokr_w2_b"].view(r, d, *geo.kernel)  # noqa: E731
+        down = lambda f: f["lokr_w2_b"].view(r, d, *geo.kernel)
         plain = Pointwise(lambda f: f["lokr_w2_b"], groups=c) if geo.is_pointwise else Conv(down, groups=c)
         last = Pointwise(lambda f: f["lokr_w2_a"], groups=a)
         cost = c * d * taps * r + a * c * r + a * b * r
@@ -149,7 +147,7 @@ class LoKr(Adapter):
     def _full_program(self, a: int, b: int, c: int, d: int, taps: int) -> Program:
         """w2 full: one operation on every slice, and a mixing of the slices before or after it, whichever is cheaper."""
         geo = self.geometry
-        flat = lambda f: f["lokr_w2"].flatten(1)  # noqa: E731
+        flat = lambda f: f["lokr_w2"].flatten(1)
         before = a * c * d + a * b * d * taps
         after = c * b * d * taps + a * c * b
         if geo.is_pointwise:
@@ -173,9 +171,7 @@ class LoKr(Adapter):
         return (mixed * w2).sum(-1).flatten(), squares
 
 
-def _halves_shapes(
-    geometry: Geometry, shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[tuple[int, int], tuple[int, ...]]:
+def _halves_shapes(geometry: Geometry, shapes: Mapping[str, tuple[int, ...]]) -> tuple[tuple[int, int], tuple[int, ...]]:
     """``(a, c)`` and ``(b, d, *k)`` from the factors' shapes.
 
     Raises:

@@ -70,11 +70,12 @@ class LoraConfig(ScaledConfig):
 
 @register
 class Lora(Adapter):
-    """Low-rank change; factors ``lora_A.weight (r, in, *k)``, ``lora_B.weight (out, r, 1...)``, optional core ``(r, r, *k)``."""
+    """Low-rank change: ``lora_A.weight (r, in, *k)``, ``lora_B.weight (out, r, 1...)``, optional core ``(r, r, *k)``."""
 
     config_class = LoraConfig
     factor_names = (_A, _M, _B)
     magnitude_name = "lora_magnitude_vector"
+    small_row_statistics = True
 
     @classmethod
     def shapes(cls, geometry: Geometry, config: LoraConfig) -> dict[str, tuple[int, ...]]:

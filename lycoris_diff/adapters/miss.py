@@ -66,9 +66,7 @@ class Miss(Adapter):
     def shapes(cls, geometry: Geometry, config: MissConfig) -> dict[str, tuple[int, ...]]:
         r = config.r
         if r > geometry.inp:
-            raise ConfigError(
-                f"MiSS: r={r} is larger than the layer's {geometry.inp} input channels; choose a smaller r"
-            )
+            raise ConfigError(f"MiSS: r={r} is larger than the layer's {geometry.inp} input channels; choose a smaller r")
         if config.init_weights == "bat":
             if geometry.out % r or geometry.columns % r:
                 raise ConfigError(
@@ -111,5 +109,5 @@ class Miss(Adapter):
         wide: Step = Pointwise(lambda f: block(f).flatten(1)) if geo.is_pointwise else Conv(block)
         if s == geo.out:
             return Program(Shards(None, r), wide, cost=cost, width=r)
-        narrow = lambda geo, z, f: wide.apply(geo, z, wide.weight(f))  # type: ignore[misc]  # noqa: E731
+        narrow = lambda geo, z, f: wide.apply(geo, z, wide.weight(f))  # type: ignore[misc]
         return Program(Shards(None, r), Tile(None, geo.out // s), narrow, cost=cost, width=max(r, s))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import AdapterError, CheckpointError, ConfigError
 from ..execution.geometry import Geometry, is_transformers_conv1d
-from ..execution.steps import Factors
+from ..execution.steps import Factors, Pattern, Program, Sparse
 from ..functional import shira
 from .base import Adapter, Site, expect_shapes, register
 from .config import AdapterConfig
@@ -54,9 +54,7 @@ class ShiraConfig(AdapterConfig):
                 f"ShiraConfig: mask_type={self.mask_type!r} needs a mask function; set config.mask_fn = your_function, "
                 'or use mask_type="random"'
             )
-        if self.random_seed is not None and (
-            isinstance(self.random_seed, bool) or not isinstance(self.random_seed, int)
-        ):
+        if self.random_seed is not None and (isinstance(self.random_seed, bool) or not isinstance(self.random_seed, int)):
             raise ConfigError(f"ShiraConfig: random_seed is {self.random_seed!r}; expected an integer or None")
 
 
@@ -67,14 +65,13 @@ class Shira(Adapter):
     config_class = ShiraConfig
     factor_names = ("shira_weight", "shira_indices")
     index_names = ("shira_indices",)
+    _sorted: tuple[Any, Pattern] | None = None
 
     @classmethod
     def shapes(cls, geometry: Geometry, config: ShiraConfig) -> dict[str, tuple[int, ...]]:
         count, total = config.r * (geometry.out + geometry.columns), geometry.out * geometry.columns
         if count > total:
-            raise ConfigError(
-                f"SHiRA: r={config.r} asks for {count} entries, the weight has only {total}; choose a smaller r"
-            )
+            raise ConfigError(f"SHiRA: r={config.r} asks for {count} entries, the weight has only {total}; choose a smaller r")
         return {"shira_weight": (count,), "shira_indices": (2, count)}
 
     @classmethod
@@ -164,11 +161,26 @@ class Shira(Adapter):
             )
         return positions
 
+    def program(self, f: Factors) -> Program | None:
+        geo, values = self.geometry, f["shira_weight"]
+        if geo.kernel or values.dtype not in (torch.float32, torch.float64) or torch.compiler.is_compiling():
+            return None
+        # four multiply-adds' worth of time each: sparse kernels do not reach the dense ones' rate
+        last = Sparse(lambda f: f["shira_weight"] * f["scale"], self._pattern())
+        return Program(None, last, cost=4 * values.numel(), width=geo.inp, eager_only=True)
+
+    def _pattern(self) -> Pattern:
+        """Sorted positions, kept until the indices change."""
+        indices = self.get_buffer("shira_indices")
+        key = (indices._version, indices.data_ptr(), indices.device)
+        if self._sorted is None or self._sorted[0] != key:
+            flat = shira.flat_indices(indices, self.geometry.columns)
+            self._sorted = key, Pattern.of(flat, self.geometry.out, self.geometry.columns)
+        return self._sorted[1]
+
     def delta(self, f: Factors) -> Tensor:
         values = f["shira_weight"] * f["scale"]
-        return shira.scatter(values, f["shira_indices"], self.geometry.out, self.geometry.columns).view(
-            self.geometry.shape
-        )
+        return shira.scatter(values, f["shira_indices"], self.geometry.out, self.geometry.columns).view(self.geometry.shape)
 
     def add_delta(self, total: Tensor, f: Factors) -> Tensor:
         values = (f["shira_weight"] * f["scale"]).to(total.dtype)

@@ -1,5 +1,5 @@
 """The `lycoris-diff` command; one file a subcommand."""
 
-from lycoris_diff.cli.main import main
+from .main import main
 
 __all__ = ["main"]

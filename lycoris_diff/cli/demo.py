@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from lycoris_diff.cli.options import positive_int, seed_int
-from lycoris_diff.cli.quiet import quiet_libraries
+from .options import positive_int, seed_int
+from .quiet import quiet_libraries
 
 if TYPE_CHECKING:
-    from lycoris_diff.tiny.demo import DemoReport
+    from ..tiny.demo import DemoReport
 
 ADAPTERS = ("lokr", "loha", "miss", "shira", "lora")
 
@@ -36,9 +36,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--out", default="demo-output", metavar="DIR", help="where everything is written (default: %(default)s)"
     )
-    parser.add_argument(
-        "--steps", type=positive_int, default=200, metavar="N", help="training steps (default: %(default)s)"
-    )
+    parser.add_argument("--steps", type=positive_int, default=200, metavar="N", help="training steps (default: %(default)s)")
     parser.add_argument("--seed", type=seed_int, default=0, metavar="N", help="seed (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the report as JSON instead of a table")
     parser.set_defaults(run=run)
@@ -49,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     errors = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with quiet_libraries(), Progress(*columns, TextColumn("{task.fields[loss]}"), console=errors) as progress:
-        from lycoris_diff.tiny.demo import run_demo
+        from ..tiny.demo import run_demo
 
         task = progress.add_task(f"training {args.adapter}", total=args.steps, loss="")
         report = run_demo(

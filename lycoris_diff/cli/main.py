@@ -6,8 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from lycoris_diff.cli import demo
-from lycoris_diff.errors import AdapterError
+from ..errors import AdapterError
+from . import demo
 
 COMMANDS = (demo,)  # modules with `register(subparsers)`; the parser's default `run(args)` returns the exit code
 

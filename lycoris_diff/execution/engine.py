@@ -8,7 +8,7 @@ host's fresh input gradient, so that no temporary of the size of an activation i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,8 +70,10 @@ class Call:
     def plain(self, x: Tensor, weight: Tensor, bias: Tensor | None, row: Tensor | None, *tensors: Tensor) -> Tensor:
         """The same result in plain differentiable operations."""
         geo = self.geometry
-        y = geo.apply(x, self.weight(weight, tensors), bias if row is None else None)
-        for program, f in self.beside(tensors):
+        dense = tuple(t if t.program is None or not t.program.eager_only else replace(t, program=None) for t in self.terms)
+        call = replace(self, terms=dense)
+        y = geo.apply(x, call.weight(weight, tensors), bias if row is None else None)
+        for program, f in call.beside(tensors):
             y = y + program.run(geo, x, f)
         return y if row is None else scale_rows(y, row, bias)
 
@@ -102,13 +104,11 @@ def channel_view(t: Tensor, like: Tensor) -> Tensor:
 
 def scale_rows(y: Tensor, row: Tensor, bias: Tensor | None) -> Tensor:
     """``row * y + bias`` over channels."""
-    y = y * channel_view(row, y)
-    return y if bias is None else y + channel_view(bias, y)
+    factor = channel_view(row, y)
+    return y * factor if bias is None else torch.addcmul(channel_view(bias, y), y, factor)
 
 
-def adapted(
-    call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, row: Tensor | None, tensors: list[Tensor]
-) -> Tensor:
+def adapted(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, row: Tensor | None, tensors: list[Tensor]) -> Tensor:
     """Host operation with adapters, on canonical tensors.
 
     Args:

@@ -103,9 +103,7 @@ class Geometry:
         if not self.kernel:
             return F.linear(x, weight, bias)
         conv = _CONV[len(self.kernel)]
-        return conv(
-            x, weight, bias, self.stride, self.padding, self.dilation, self.groups if groups is None else groups
-        )
+        return conv(x, weight, bias, self.stride, self.padding, self.dilation, self.groups if groups is None else groups)
 
     def gradients(
         self, grad: Tensor, x: Tensor, weight: Tensor, of_input: bool, of_weight: bool, groups: int | None = None

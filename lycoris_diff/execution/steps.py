@@ -6,6 +6,8 @@ happens between the first and the last step works on small tensors and is left t
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -149,22 +151,98 @@ class Tile(Step):
 
 
 @dataclass(frozen=True)
+class Pattern:
+    """Fixed positions of a sparse ``(rows, columns)`` matrix, by rows and by columns (compressed rows, int32).
+
+    Attributes:
+        shape: of the matrix.
+        by_row: row starts and column of every entry; entries are sorted by row.
+        by_column: the same of the transpose.
+        order: entry of the matrix for every entry of the transpose.
+        entry: stored value for every entry of the matrix.
+    """
+
+    shape: tuple[int, int]
+    by_row: tuple[Tensor, Tensor]
+    by_column: tuple[Tensor, Tensor]
+    order: Tensor
+    entry: Tensor
+
+    @classmethod
+    def of(cls, flat: Tensor, rows: int, columns: int) -> Pattern:
+        """Pattern of distinct flat positions in any order."""
+        _announce_sparse()
+        flat, entry = flat.sort()
+        row, column = flat // columns, flat % columns
+        order = (column * rows + row).argsort()
+        by_row = _compressed(row, column, rows)
+        return cls((rows, columns), by_row, _compressed(column[order], row[order], columns), order, entry)
+
+    def matrix(self, values: Tensor) -> Tensor:
+        """The matrix with the given stored values."""
+        return torch.sparse_csr_tensor(*self.by_row, values[self.entry], self.shape, check_invariants=False)
+
+    def transposed(self, values: Tensor) -> Tensor:
+        """Its transpose."""
+        swapped = values[self.entry][self.order]
+        return torch.sparse_csr_tensor(*self.by_column, swapped, self.shape[::-1], check_invariants=False)
+
+
+@functools.cache
+def _announce_sparse() -> None:
+    """Let torch say once, unheard, that compressed sparse tensors are young; the tests cover what is used of them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor(torch.tensor([0, 1]), torch.tensor([0]), torch.ones(1), (1, 1), check_invariants=False)
+
+
+def _compressed(major: Tensor, minor: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    starts = torch.searchsorted(major, torch.arange(count + 1, device=major.device))
+    return starts.to(torch.int32), minor.to(torch.int32)
+
+
+@dataclass(frozen=True)
+class Sparse(Step):
+    """A sparse matrix ``(out, in)`` on the tokens of a linear layer; the weight is the vector of its values.
+
+    Works on transposed copies, where every entry meets contiguous rows: a hundredth of the arithmetic of the dense gradient.
+    """
+
+    pattern: Pattern | None = None
+
+    def add_(self, geo: Geometry, y: Tensor, x: Tensor, w: Tensor) -> None:
+        y.add_((self.pattern.matrix(w) @ x.T.contiguous()).T)  # type: ignore[union-attr]
+
+    def add_adjoint_(self, geo: Geometry, gx: Tensor, x: Tensor, w: Tensor, grad: Tensor) -> None:
+        gx.add_((self.pattern.transposed(w) @ grad.T.contiguous()).T)  # type: ignore[union-attr]
+
+    def weight_grad(self, geo: Geometry, x: Tensor, w: Tensor, grad: Tensor) -> Tensor:
+        pattern = self.pattern
+        assert pattern is not None
+        empty = pattern.matrix(torch.zeros_like(w))
+        sampled = torch.sparse.sampled_addmm(empty, grad.T.contiguous(), x.T.contiguous().T, beta=0.0)
+        return torch.empty_like(w).index_copy_(0, pattern.entry, sampled.values())
+
+
+@dataclass(frozen=True)
 class Program:
     """``last(mid(first(x)))``. Scale belongs to the weight of the last step or to ``mid``.
 
     Attributes:
-        first: step on the layer's input.
+        first: step on the layer's input; None for nothing (then there is no ``mid`` either).
         last: step that ends in the layer's output channels.
         mid: anything differentiable in between, ``(geometry, z, factors) -> h``; None for nothing.
         cost: multiply-adds of one evaluation, per token (for the cost model).
         width: channels of the largest intermediate result, per token.
+        eager_only: the steps run in place only; `run` does not exist (compiled and transformed code changes the weight).
     """
 
-    first: Step
+    first: Step | None
     last: Step
     mid: Callable[[Geometry, Tensor, Factors], Tensor] | None = None
     cost: int = 0
     width: int = 0
+    eager_only: bool = False
 
     def run(self, geo: Geometry, x: Tensor, f: Factors) -> Tensor:
         """The adapter's output in plain differentiable operations."""
@@ -172,6 +250,8 @@ class Program:
 
     def hidden(self, geo: Geometry, x: Tensor, f: Factors) -> Tensor:
         """Input of the last step."""
+        if self.first is None:
+            return x
         h = self.first.apply(geo, x, _built(self.first, f))
         return h if self.mid is None else self.mid(geo, h, f)
 
@@ -192,6 +272,8 @@ class Program:
         Returns:
             One gradient (or None) a leaf.
         """
+        if self.first is None:
+            return self._single_backward(geo, x, f, leaves, grad, gx)
         with torch.enable_grad():
             wf, wl = _built(self.first, f), _built(self.last, f)
         z = self.first.apply(geo, x, _detached(wf))
@@ -218,6 +300,16 @@ class Program:
             if wf is not None and wf.requires_grad:
                 total = _add(total, _pull(wf, leaves, self.first.weight_grad(geo, zx, wfd, gz)))
         return total
+
+    def _single_backward(self, geo: Geometry, x: Tensor, f: Factors, leaves: list[Tensor], grad: Tensor, gx: Tensor | None):
+        with torch.enable_grad():
+            weight = _built(self.last, f)
+        assert weight is not None
+        if gx is not None:
+            self.last.add_adjoint_(geo, gx, x, weight.detach(), grad)
+        if not weight.requires_grad:
+            return [None] * len(leaves)
+        return _pull(weight, leaves, self.last.weight_grad(geo, x, weight.detach(), grad))
 
 
 def _built(step: Step, f: Factors) -> Tensor | None:

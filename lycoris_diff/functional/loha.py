@@ -7,7 +7,6 @@ cores: they combine to one core of size ``(r^2, r^2, *k)``.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .lora import tucker

@@ -25,7 +25,7 @@ def factorization(dimension: int, factor: int = -1) -> tuple[int, int]:
 
 
 def kronecker(w1: Tensor, w2: Tensor) -> Tensor:
-    """``w1 (a, c)`` and ``w2 (b, d, *k)`` to ``(a*b, c*d, *k)``: channels multiply, the kernel stays (w1 is constant over it)."""
+    """``w1 (a, c)`` and ``w2 (b, d, *k)`` to ``(a*b, c*d, *k)``: channels multiply, the kernel stays."""
     (a, c), (b, d, *kernel) = w1.shape, w2.shape
     # two broadcast axes instead of torch.kron: right for any number of kernel axes, and one pass
     product = w1.reshape(a, 1, c, 1, *[1] * len(kernel)) * w2.reshape(1, b, 1, d, *kernel)

@@ -36,7 +36,7 @@ def bat(weight: Tensor, block: Tensor) -> Tensor:
 
 
 def shard_sum(x: Tensor, r: int) -> Tensor:
-    """``y[b, j, ...] = sum over i = j mod r of x[b, i, ...]``: ``(b, n, ...) -> (b, r, ...)``, n not a multiple of r allowed."""
+    """``y[b, j, ...] = sum over i = j mod r of x[b, i, ...]``: ``(b, n, ...) -> (b, r, ...)``, any n."""
     whole = x.shape[1] - x.shape[1] % r
     total = x[:, :whole].unflatten(1, (-1, r)).sum(1)
     if whole < x.shape[1]:

@@ -75,9 +75,7 @@ class AdaptedLayer(nn.Module):
         return self._setting("mini_r")
 
     def _setting(self, name: str) -> Mapping[str, Any]:
-        return MappingProxyType(
-            {k: getattr(a.config, name) for k, a in self.named_adapters() if hasattr(a.config, name)}
-        )
+        return MappingProxyType({k: getattr(a.config, name) for k, a in self.named_adapters() if hasattr(a.config, name)})
 
     def named_adapters(self) -> list[tuple[str, Adapter]]:
         """Names and adapters in order."""
@@ -165,9 +163,8 @@ class AdaptedLayer(nn.Module):
         dtype = compute_dtype(x)
         inner, lead = geo.enter(x.to(dtype))
         active = self._prepare(names, inner)
-        dense = [
-            (a, f) for a, f, p in active if (p is None or a.depends_on_weight) and not (self.training and _masked(a))
-        ]
+        active = [(a, f, None if p is not None and (p.eager_only or a.depends_on_weight) else p) for a, f, p in active]
+        dense = [(a, f) for a, f, p in active if p is None and not (self.training and _masked(a))]
         if dense and self._transparent():
             weight, bias = geo.canonical(self.base_layer.weight), self.base_layer.bias
             y = geo.apply(inner, changed_weight(weight, dense).to(dtype), None if bias is None else bias.to(dtype))
@@ -183,7 +180,7 @@ class AdaptedLayer(nn.Module):
         """One adapter's own output, with its dropouts in training."""
         if self.training and _input_dropout(adapter):
             x = F.dropout(x, _input_dropout(adapter))
-        if program is not None and not adapter.depends_on_weight:
+        if program is not None:
             out = program.run(self.geometry, x, cast(f, x.dtype))
         else:
             out = self.geometry.apply(x, self._change(adapter, f).to(x.dtype))
@@ -210,7 +207,7 @@ class AdaptedLayer(nn.Module):
 
     def _choose(self, adapter: Adapter, f: dict[str, Tensor], x: Tensor) -> tuple[Choice, Program | None]:
         program = adapter.program(f)
-        if program is not None and not self.has_plain_weight:
+        if program is not None and not program.eager_only and not self.has_plain_weight:
             return Choice("beside", program.cost, 0), program
         training = torch.is_grad_enabled() and any(t.requires_grad for t in f.values())
         cost, width = (None, 0) if program is None else (program.cost, program.width)
@@ -318,6 +315,8 @@ def row_factor(adapter: Adapter, weight: Tensor, f: dict[str, Tensor]) -> Tensor
         magnitude = factors[adapter.magnitude_name].reshape(-1).to(square.dtype)
         return magnitude * square.clamp_min(tiny).rsqrt()
 
+    if adapter.small_row_statistics:
+        return compute(weight.detach(), *f.values())
     return recompute(compute, weight.detach(), *f.values())
 
 

@@ -12,11 +12,11 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from lycoris_diff.tiny.charts import loss_chart, picture_rows
-from lycoris_diff.tiny.pipeline import PICTURE_SIZE, load_pipeline
-from lycoris_diff.tiny.recipes import find_recipe
-from lycoris_diff.tiny.subject import draw_subject_images
-from lycoris_diff.training import DreamBoothConfig, TrainReport, TrainStep, load_trained, train_dreambooth
+from ..training import DreamBoothConfig, TrainReport, TrainStep, load_trained, train_dreambooth
+from .charts import loss_chart, picture_rows
+from .pipeline import PICTURE_SIZE, load_pipeline
+from .recipes import find_recipe
+from .subject import draw_subject_images
 
 PROMPT = "a picture of a sks creature"
 PICTURES = 5
@@ -111,8 +111,10 @@ def run_demo(
 
 
 def generate(pipe: StableDiffusionPipeline, seed: int, count: int = PICTURES, steps: int = 20) -> list[Image.Image]:
-    """Make `count` pictures of `PROMPT`; the same `seed` starts from the same noise. The pipeline's progress bar is
-    silenced."""
+    """Make `count` pictures of `PROMPT`; the same `seed` starts from the same noise.
+
+    The pipeline's progress bar is switched off.
+    """
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
     result = pipe(PROMPT, num_inference_steps=steps, num_images_per_prompt=count, generator=generator)

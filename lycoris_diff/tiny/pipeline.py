@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from lycoris_diff.tiny.tokenizer import build_tokenizer
+from .tokenizer import build_tokenizer
 
 PICTURE_SIZE = 64
 LATENT_CHANNELS = 4

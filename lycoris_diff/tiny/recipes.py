@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lycoris_diff import LoHaConfig, LoKrConfig, LoraConfig, MissConfig, ShiraConfig
-from lycoris_diff.errors import ConfigError
+from ..adapters import LoHaConfig, LoKrConfig, LoraConfig, MissConfig, ShiraConfig
+from ..errors import ConfigError
 
 UNET_LINEAR = ["proj_in", "proj_out", "to_k", "to_q", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
 UNET_CONV = ["conv1", "conv2"]

@@ -77,9 +77,7 @@ def _creature(height: int) -> Image.Image:
 
     outline = round(2.5 * unit)
     for side in (-1, 1):
-        pen.line(
-            [(50 + 8 * side) * unit, 34 * unit, (50 + 20 * side) * unit, 12 * unit], fill=INK, width=round(3 * unit)
-        )
+        pen.line([(50 + 8 * side) * unit, 34 * unit, (50 + 20 * side) * unit, 12 * unit], fill=INK, width=round(3 * unit))
         pen.ellipse(box(50 + 20 * side, 11, 6.5, 6.5), fill=YELLOW, outline=INK, width=outline)
         pen.ellipse(box(50 + 14 * side, 91, 11, 6.5), fill=ORANGE, outline=INK, width=outline)
         pen.ellipse(box(50 + 31 * side, 63, 7, 10), fill=TEAL, outline=INK, width=outline)

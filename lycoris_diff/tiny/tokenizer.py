@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from itertools import pairwise
 
 from transformers import CLIPTokenizer
 
@@ -16,8 +17,7 @@ WORD_END = "</w>"
 BOS_TOKEN = "<|startoftext|>"
 EOS_TOKEN = "<|endoftext|>"
 
-WORDS = tuple(
-    """
+_WORD_LIST = """
     a an the of on in at with and or to by from under over near behind beside between into no not very
     photo photograph picture image drawing painting sketch render illustration portrait close up view style art
     sks creature robot toy monster animal bird cat dog fish rabbit fox owl person face house tree flower car boat ball
@@ -28,8 +28,8 @@ WORDS = tuple(
     sky grass meadow sand beach sea water snow night sunset moon sun space wall floor room city forest mountain field
     one two three four five many some
     best quality detailed simple flat cartoon pixel
-    """.split()
-)
+"""
+WORDS = tuple(_WORD_LIST.split())
 
 
 def build_tokenizer(words: Iterable[str] = WORDS, max_length: int = 77) -> CLIPTokenizer:
@@ -73,7 +73,7 @@ def learn_merges(words: Iterable[str]) -> list[tuple[str, str]]:
     """
     pieces = [[*word[:-1], word[-1] + WORD_END] for word in dict.fromkeys(words)]
     merges: list[tuple[str, str]] = []
-    while pairs := Counter(pair for symbols in pieces for pair in zip(symbols, symbols[1:], strict=False)):
+    while pairs := Counter(pair for symbols in pieces for pair in pairwise(symbols)):
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         merges.append(best)
         pieces = [_merge_pair(symbols, best) for symbols in pieces]

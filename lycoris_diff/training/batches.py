@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lycoris_diff.training.latents import LatentCache
+from .latents import LatentCache
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,7 @@ class Batch:
         return Batch(self.latents.to(device), self.noise.to(device), self.timesteps.to(device))
 
 
-def training_batches(
-    cache: LatentCache, timesteps: int, batch_size: int, generator: torch.Generator
-) -> Iterator[Batch]:
+def training_batches(cache: LatentCache, timesteps: int, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
     """Yield batches without end; every picture is shown once before any is shown again.
 
     Args:

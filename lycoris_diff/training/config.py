@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
 
-from lycoris_diff.errors import ConfigError
+from ..errors import ConfigError
 
 COMPONENTS = ("unet", "text_encoder")
 PRECISIONS = ("no", "fp16", "bf16")

@@ -15,14 +15,14 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler, DiffusionPipeline
 from torch import nn
 
-from lycoris_diff import get_peft_model
-from lycoris_diff.errors import AdapterError
-from lycoris_diff.training.batches import Batch, held_out_batches, training_batches
-from lycoris_diff.training.config import COMPONENTS, DreamBoothConfig
-from lycoris_diff.training.images import read_images
-from lycoris_diff.training.latents import LatentCache, encode_latents
-from lycoris_diff.training.losses import denoising_loss, training_scheduler
-from lycoris_diff.training.report import TrainReport, TrainStep
+from ..errors import AdapterError
+from ..model import get_peft_model
+from .batches import Batch, held_out_batches, training_batches
+from .config import COMPONENTS, DreamBoothConfig
+from .images import read_images
+from .latents import LatentCache, encode_latents
+from .losses import denoising_loss, training_scheduler
+from .report import TrainReport, TrainStep
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 
@@ -44,9 +44,8 @@ def train_dreambooth(
         on_step: called after every optimizer step, on every process; it may raise to stop.
 
     Raises:
-        AdapterError: a setting, picture or pipeline that cannot be used, before anything is changed; or a loss that is
-        not
-            finite, while training.
+        AdapterError: a setting, picture or pipeline that cannot be used, before anything is changed; or a loss that
+            is not finite, while training.
         OSError: the pictures cannot be opened, or the output directory cannot be written.
     """
     config.validate()
@@ -152,13 +151,9 @@ class _Run:
 def _check_pipeline(pipe: DiffusionPipeline) -> None:
     missing = [name for name in (*COMPONENTS, "vae", "tokenizer", "scheduler") if getattr(pipe, name, None) is None]
     if missing:
-        raise AdapterError(
-            f"{type(pipe).__name__} has no {', '.join(missing)}; expected a Stable Diffusion 1.x or 2.x one"
-        )
+        raise AdapterError(f"{type(pipe).__name__} has no {', '.join(missing)}; expected a Stable Diffusion 1.x or 2.x one")
     if getattr(pipe, "text_encoder_2", None) is not None:
-        raise AdapterError(
-            f"{type(pipe).__name__} has a second text encoder; expected a Stable Diffusion 1.x or 2.x one"
-        )
+        raise AdapterError(f"{type(pipe).__name__} has a second text encoder; expected a Stable Diffusion 1.x or 2.x one")
 
 
 def _make_accelerator(config: DreamBoothConfig) -> Accelerator:
@@ -195,9 +190,7 @@ def _adapters_on(pipe: DiffusionPipeline, adapters: Mapping[str, Any]) -> Iterat
 
 
 @contextmanager
-def _prepared(
-    pipe: DiffusionPipeline, config: DreamBoothConfig, accelerator: Accelerator
-) -> Iterator[dict[str, nn.Module]]:
+def _prepared(pipe: DiffusionPipeline, config: DreamBoothConfig, accelerator: Accelerator) -> Iterator[dict[str, nn.Module]]:
     """Give accelerate's versions of both components; afterwards the pipeline's own are plain again and in evaluation
     mode.
 
@@ -238,6 +231,7 @@ def _trainable(model: nn.Module) -> list[nn.Parameter]:
 def _finite(value: float, name: str) -> float:
     if not math.isfinite(value):
         raise AdapterError(
-            f"the {name} is {value}; lower the learning rate, or train with mixed_precision 'no' or 'bf16' on a base in float32"
+            f"the {name} is {value}; lower the learning rate, "
+            "or load the base in float32 and train with mixed_precision 'no' or 'bf16'"
         )
     return value

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from diffusers import AutoencoderKL
 
-from lycoris_diff.errors import AdapterError
+from ..errors import AdapterError
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from diffusers import DiffusionPipeline
 
-from lycoris_diff import AdapterModel
-from lycoris_diff.errors import AdapterError
-from lycoris_diff.training.config import COMPONENTS
+from ..errors import AdapterError
+from ..model import AdapterModel
+from .config import COMPONENTS
 
 
 def load_trained(

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler, SchedulerMixin
 from torch import nn
 
-from lycoris_diff.errors import AdapterError
-from lycoris_diff.training.batches import Batch
+from ..errors import AdapterError
+from .batches import Batch
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
@@ -21,9 +21,7 @@ def training_scheduler(scheduler: SchedulerMixin) -> DDPMScheduler:
     """
     prediction_type = scheduler.config.get("prediction_type", "epsilon")
     if prediction_type not in PREDICTION_TYPES:
-        raise AdapterError(
-            f"the scheduler's prediction_type is {prediction_type!r}; expected one of {list(PREDICTION_TYPES)}"
-        )
+        raise AdapterError(f"the scheduler's prediction_type is {prediction_type!r}; expected one of {list(PREDICTION_TYPES)}")
     return DDPMScheduler.from_config(scheduler.config)
 
 
