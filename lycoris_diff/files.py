@@ -83,8 +83,8 @@ def load_adapter_directory(
     set_active(base, [name])
     with torch.no_grad():
         for path, values in saved.items():
-            copy = base.get_submodule(path).modules_to_save[name]  # type: ignore[union-attr, index]
-            copy.load_state_dict(values)  # type: ignore[union-attr, operator]
+            copy: Any = base.get_submodule(path).get_submodule("modules_to_save").get_submodule(name)
+            copy.load_state_dict(values)
         state = state_of(base)
         if biases and state is not None and state.biases is not None:
             for key, parameter in state.biases.parameters(base).items():

@@ -171,7 +171,12 @@ def inject_adapter(
     attach(model, config, adapter_name, {t.path: (t, adapters[t.path]) for t in targets}, saved)
     set_active(model, [adapter_name])
     own = sum(p.numel() for a in adapters.values() for p in a.parameters())
-    own += sum(p.numel() for path in saved for p in model.get_submodule(path).modules_to_save[adapter_name].parameters())
+    own += sum(
+        p.numel()
+        for _, m in saved_copies(model)
+        if adapter_name in m.modules_to_save
+        for p in m.modules_to_save[adapter_name].parameters()
+    )
     total = sum(p.numel() for p in model.parameters())
     return InjectReport(adapter_name, config.peft_name, list(adapters), saved, own, total)
 
@@ -302,7 +307,7 @@ def replace_modules(model: nn.Module, swaps: Mapping[nn.Module, nn.Module]) -> N
     """Put modules in others' places, wherever they occur; a module used in several places stays one module."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
-            if child in swaps:
+            if child is not None and child in swaps:
                 setattr(parent, name, swaps[child])
 
 

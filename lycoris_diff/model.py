@@ -59,7 +59,7 @@ class AdapterModel(nn.Module):
     config_class: type[AdapterConfig] | None = None
 
     def __new__(cls, model: nn.Module, *args: Any, **kwargs: Any) -> AdapterModel:
-        return super().__new__(_with_signature(cls, type(model)))
+        return super().__new__(_with_signature(cls, type(model)))  # type: ignore[arg-type]
 
     def __init__(
         self,
@@ -91,8 +91,8 @@ class AdapterModel(nn.Module):
         self.__dict__["__module__"] = type(model).__module__
 
     # --- behave like the base model ----------------------------------------------------------------------------------
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         """The base model's class, so that pipelines' and trainers' isinstance checks hold; ``type()`` tells the truth."""
         model = self.__dict__.get("_modules", {}).get("model")
         return type(self) if model is None else type(model)
@@ -277,7 +277,7 @@ class AdapterModel(nn.Module):
             for layer in layers:
                 weight = layer.geometry.stored(layer.merged_weight(dict.fromkeys((*layer.merged, *names))))
                 with torch.no_grad():
-                    layer.base_layer.weight.copy_(weight)  # type: ignore[union-attr, operator]
+                    layer.base_layer.get_parameter("weight").copy_(weight)
                 advance()
         unwrap(self.model, keep_saved=True)
         return self.model
@@ -292,7 +292,7 @@ class AdapterModel(nn.Module):
         layers = [(p, m) for p, m in adapted_layers(self.model) if any(n in m.adapters for n in names)]
         owners = Counter(p for m in self.model.modules() for p in m._parameters.values() if p is not None)
         for path, layer in layers:
-            if layer.has_plain_weight and owners[layer.base_layer.weight] > 1:  # type: ignore[index]
+            if layer.has_plain_weight and owners[layer.base_layer.get_parameter("weight")] > 1:
                 raise AdapterError(
                     f"{path!r} shares its weight with another module (tied weights); merging would change both. "
                     "Untie them first, or leave the adapter unmerged"
@@ -490,7 +490,7 @@ class ShiraModel(AdapterModel):
 
 
 PeftModel = AdapterModel
-_MODELS = {m.config_class.peft_name: m for m in (LoraModel, LoKrModel, LoHaModel, MissModel, ShiraModel)}  # type: ignore[union-attr]
+_MODELS = {m.config_class.peft_name: m for m in (LoraModel, LoKrModel, LoHaModel, MissModel, ShiraModel) if m.config_class}
 
 
 def get_peft_model(
@@ -513,7 +513,7 @@ def get_peft_model(
 
 
 @functools.cache
-def _with_signature(wrapper: type, base: type) -> type:
+def _with_signature(wrapper: type, base: Any) -> type:
     """Subclass of a wrapper whose forward shows the base model's signature (trainers look at it)."""
     if wrapper.__dict__.get("_generated"):
         return wrapper

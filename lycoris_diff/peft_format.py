@@ -241,8 +241,8 @@ def _combined_from_tensors(
 ) -> Combined:
     by_part: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
-        _, index, factor = name.split(".", 2)
-        by_part.setdefault(int(index), {})[factor] = value
+        _, number, factor = name.split(".", 2)
+        by_part.setdefault(int(number), {})[factor] = value
     parts: dict[int, Adapter] = {}
     for index, values in sorted(by_part.items()):
         if index >= len(config.parts):

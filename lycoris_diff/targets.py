@@ -95,7 +95,7 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> list[Target]:
         TargetError: a name, pattern or index that selects nothing, a module that cannot be adapted, or nothing selected.
     """
     modules = dict(base_modules(model))
-    wanted = config.target_modules
+    wanted: Iterable[str] | str | None = config.target_modules
     if wanted is None:
         wanted = default_targets(model)
     if isinstance(wanted, str):

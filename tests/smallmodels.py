@@ -256,6 +256,4 @@ def picture(pipe: Any, seed: int = 0) -> torch.Tensor:
     """Two steps of sampling from a fixed seed, as latents."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        return pipe(
-            "a cat", num_inference_steps=2, height=16, width=16, generator=generator, output_type="latent"
-        ).images
+        return pipe("a cat", num_inference_steps=2, height=16, width=16, generator=generator, output_type="latent").images

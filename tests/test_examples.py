@@ -263,9 +263,7 @@ def test_low_cpu_mem_usage_as_peft_shows_it(tmp_path):
 def test_generate_through_the_wrapper():
     from lycoris_diff import LoKrConfig, get_peft_model
 
-    model = get_peft_model(
-        gpt2(), LoKrConfig(r=2, target_modules=["c_attn"], init_weights=False, task_type="CAUSAL_LM")
-    )
+    model = get_peft_model(gpt2(), LoKrConfig(r=2, target_modules=["c_attn"], init_weights=False, task_type="CAUSAL_LM"))
     out = model.generate(**tokens(), max_new_tokens=3, do_sample=False, pad_token_id=0)
     assert out.shape[0] == 2 and out.shape[1] > 7
     assert isinstance(model, nn.Module)

@@ -42,8 +42,7 @@ def trainable(adapted: nn.Module) -> dict[str, torch.Tensor]:
 def dense_gradients(config, adapted, x, cotangent):
     """Gradients of the factors and the input through the dense float64 rebuild."""
     leaves = {
-        k: v.detach().to(torch.float64).requires_grad_() if v.is_floating_point() else v
-        for k, v in factors(adapted).items()
+        k: v.detach().to(torch.float64).requires_grad_() if v.is_floating_point() else v for k, v in factors(adapted).items()
     }
     x = x.detach().to(torch.float64).requires_grad_()
     y = oracles.forward(adapted.base_layer, x, [(1.0, oracles.delta(config, leaves, adapted.base_layer))])
@@ -170,9 +169,7 @@ def test_second_derivatives(algorithm, layer):
 # -------------------------------------------------------------------------------------------------- ways to run a layer
 
 
-@pytest.mark.parametrize(
-    ("algorithm", "layer"), pairs({k: LAYERS[k] for k in ("linear", "hf-conv1d", "conv2d-circular")})
-)
+@pytest.mark.parametrize(("algorithm", "layer"), pairs({k: LAYERS[k] for k in ("linear", "hf-conv1d", "conv2d-circular")}))
 @pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
 def test_autocast(algorithm, layer, large):
     config, model, adapted = build(algorithm, layer, torch.float32)
@@ -295,9 +292,7 @@ def test_frozen_base_gets_no_gradient_and_trainable_base_does():
             base.weight[1, 2] -= step
             low = model(x).sum()
             base.weight.copy_(up)
-        assert abs((high - low) / (2 * step) - base.weight.grad[1, 2]) < 1e-5 * max(1, abs(base.weight.grad[1, 2])), (
-            name
-        )
+        assert abs((high - low) / (2 * step) - base.weight.grad[1, 2]) < 1e-5 * max(1, abs(base.weight.grad[1, 2])), name
 
 
 # ---------------------------------------------------------------------------------------------------------- compiling

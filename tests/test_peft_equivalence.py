@@ -121,9 +121,7 @@ def peft_config(algorithm: str):
     """The same configuration as a PEFT object."""
     ours = ALGORITHMS[algorithm]()
     kind = getattr(peft, KINDS[algorithm.split("-")[0]])
-    names = {
-        f for f in kind.__dataclass_fields__ if f not in ("peft_type", "auto_mapping", "peft_version", "task_type")
-    }
+    names = {f for f in kind.__dataclass_fields__ if f not in ("peft_type", "auto_mapping", "peft_version", "task_type")}
     fields = {n: getattr(ours, n) for n in names if hasattr(ours, n) and n not in ("runtime_config", "loftq_config")}
     if "lora" in algorithm:
         fields = {n: fields[n] for n in ("r", "use_rslora", "target_modules") if n in fields}
@@ -174,9 +172,7 @@ def test_keys_and_shapes_of_a_new_adapter(algorithm, layer):
     _, model, _ = float32(algorithm, layer)
     ours = get_peft_model_state_dict(model)
     theirs = peft.get_peft_model_state_dict(peft_model(algorithm, layer))
-    assert {k: (tuple(v.shape), v.dtype) for k, v in ours.items()} == {
-        k: (tuple(v.shape), v.dtype) for k, v in theirs.items()
-    }
+    assert {k: (tuple(v.shape), v.dtype) for k, v in ours.items()} == {k: (tuple(v.shape), v.dtype) for k, v in theirs.items()}
 
 
 @pytest.mark.parametrize(("algorithm", "layer"), BEYOND_PEFT)
@@ -234,9 +230,7 @@ def test_files_peft_computes_wrongly_are_read_rightly(algorithm, layer, tmp_path
     adapted = model.get_base_model().layer
     x = make_input(adapted.base_layer)
     raw = {k.split("layer.", 1)[1]: v for k, v in load_file(tmp_path / "adapter_model.safetensors").items()}
-    expected = oracles.forward(
-        adapted.base_layer, x, [(1.0, oracles.delta(ALGORITHMS[algorithm](), raw, adapted.base_layer))]
-    )
+    expected = oracles.forward(adapted.base_layer, x, [(1.0, oracles.delta(ALGORITHMS[algorithm](), raw, adapted.base_layer))])
     assert relative_error(model(x).detach(), expected) < 1e-5
 
 
@@ -273,9 +267,7 @@ def test_lokr_convolution_shapes(kernel, core):
         _, adapted = adapt(layer, LoKrConfig(target_modules=["layer"], **fields))
         own = {k: tuple(v.shape) for k, v in factors(adapted).items()}
         assert own == oracles.lokr_shapes(out, inp, layer.kernel_size, r, factor, core=core), (inp, out, fields)
-        theirs = peft.get_peft_model(
-            Holder(nn.Conv2d(inp, out, kernel)), peft.LoKrConfig(target_modules=["layer"], **fields)
-        )
+        theirs = peft.get_peft_model(Holder(nn.Conv2d(inp, out, kernel)), peft.LoKrConfig(target_modules=["layer"], **fields))
         shapes = {k.split("layer.")[1]: tuple(v.shape) for k, v in peft.get_peft_model_state_dict(theirs).items()}
         assert own == shapes
 
@@ -358,9 +350,7 @@ def test_named_adapters_and_state_dict_functions(tmp_path):
     assert all(".first.lokr_w" in n for n in live)
 
     model.save_pretrained(tmp_path)
-    assert (
-        sorted(p.name for p in Path(tmp_path).rglob("adapter_model.safetensors")) == ["adapter_model.safetensors"] * 2
-    )
+    assert sorted(p.name for p in Path(tmp_path).rglob("adapter_model.safetensors")) == ["adapter_model.safetensors"] * 2
     theirs = peft.PeftModel.from_pretrained(net(), tmp_path / "first", adapter_name="first")
     x = torch.randn(2, 16)
     model.set_adapter("first")

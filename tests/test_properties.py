@@ -13,9 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lycoris_diff import LoHaConfig, LoKrConfig, LoraConfig, MissConfig, ShiraConfig
 
-settings.register_profile(
-    "suite", max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
-)
+settings.register_profile("suite", max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 settings.load_profile("suite")
 
 WIDTH = st.integers(1, 40)
@@ -87,9 +85,7 @@ def check(layer, x, config) -> None:
         assert relative_error(a, b) < 1e-7 or (a - b).abs().max() < 1e-10, "gradient"
 
 
-@given(
-    hosts(), RANK, ALPHA, st.sampled_from([-1, 1, 2, 3, 4, 8, 16]), st.booleans(), st.booleans(), st.booleans(), AXIS
-)
+@given(hosts(), RANK, ALPHA, st.sampled_from([-1, 1, 2, 3, 4, 8, 16]), st.booleans(), st.booleans(), st.booleans(), AXIS)
 def test_lokr(host, r, alpha, factor, both, core, full, axis):
     layer, x = host
     config = LoKrConfig(

@@ -63,9 +63,7 @@ def test_a_seed_leaves_the_global_generator_alone():
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
-    inject_adapter(
-        Holder(make_layer("linear")), ShiraConfig(r=2, target_modules=["layer"], random_seed=1), adapter_name="a"
-    )
+    inject_adapter(Holder(make_layer("linear")), ShiraConfig(r=2, target_modules=["layer"], random_seed=1), adapter_name="a")
     torch.manual_seed(3)
     model = Holder(make_layer("linear"))
     torch.manual_seed(3)
@@ -90,9 +88,7 @@ def test_masks_do_not_depend_on_what_else_is_targeted():
     assert torch.equal(model.get_base_model().layers[1].adapters["default"].shira_indices, all_three[1])
 
 
-@pytest.mark.parametrize(
-    "layer", ["linear", "hf-conv1d", "conv1d-zeros", "conv2d-zeros", "conv3d-zeros", "conv2d-groups2"]
-)
+@pytest.mark.parametrize("layer", ["linear", "hf-conv1d", "conv1d-zeros", "conv2d-zeros", "conv3d-zeros", "conv2d-groups2"])
 def test_counts_and_ranges(layer):
     """r * (out + in * K) entries of the weight seen as (out, in * K)."""
     model, adapted = adapt(make_layer(layer), ShiraConfig(r=2, target_modules=["layer"], random_seed=0))

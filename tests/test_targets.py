@@ -165,9 +165,7 @@ def test_modules_to_save_are_trained_whole(tmp_path):
 
     base = bert()
     before = base.classifier.weight.detach().clone()
-    model = get_peft_model(
-        base, MissConfig(r=4, target_modules=["query"], modules_to_save=["classifier"], init_weights=False)
-    )
+    model = get_peft_model(base, MissConfig(r=4, target_modules=["query"], modules_to_save=["classifier"], init_weights=False))
     trained = {n for n, p in model.named_parameters() if p.requires_grad and "classifier" in n}
     assert len(trained) == 2
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)

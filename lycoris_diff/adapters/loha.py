@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..execution.geometry import Geometry
 from ..execution.steps import Conv, Factors, Pointwise, Program
 from ..functional import loha
-from .base import Adapter, Site, fill, magnitude_shape, register
+from .base import Adapter, Initialiser, Site, fill, magnitude_shape, register
 from .config import ScaledConfig
 
 
@@ -57,7 +57,7 @@ class LoHa(Adapter):
 
     def reset(self, site: Site) -> None:
         kaiming = partial(nn.init.kaiming_uniform_, a=math.sqrt(5))
-        table = dict.fromkeys(self.factor_names, kaiming)
+        table: dict[str, Initialiser] = dict.fromkeys(self.factor_names, kaiming)
         init = self.config.init_weights
         if init == "lycoris":
             wide, narrow = partial(nn.init.normal_, std=1.0), partial(nn.init.normal_, std=0.1)

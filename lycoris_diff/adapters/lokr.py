@@ -14,7 +14,7 @@ from ..errors import CheckpointError, ConfigError
 from ..execution.geometry import Geometry, mix
 from ..execution.steps import Conv, Factors, Mix, Pointwise, Program
 from ..functional import lokr, lora
-from .base import Adapter, Site, fill, magnitude_shape, register
+from .base import Adapter, Initialiser, Site, fill, magnitude_shape, register
 from .config import ScaledConfig
 from .loha import core_shape, lycoris_gap, squeeze_core
 
@@ -99,7 +99,7 @@ class LoKr(Adapter):
 
     def reset(self, site: Site) -> None:
         kaiming = partial(nn.init.kaiming_uniform_, a=math.sqrt(5))
-        table = dict.fromkeys(self.factor_names, kaiming)
+        table: dict[str, Initialiser] = dict.fromkeys(self.factor_names, kaiming)
         init = self.config.init_weights
         if init == "lycoris":
             table |= {"lokr_w2": nn.init.zeros_, "lokr_w2_b": nn.init.zeros_}

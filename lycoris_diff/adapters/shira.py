@@ -145,12 +145,11 @@ class Shira(Adapter):
     def _from_mask(self, mask_fn: MaskFunction, site: Site) -> Tensor:
         config: ShiraConfig = self.config  # type: ignore[assignment]
         offered = {"random_seed": config.random_seed, "adapter_name": site.adapter_name, "layer_name": site.path}
+        expected: Any = site.layer.weight.shape
         mask = mask_fn(site.layer, config.r, **_accepted(mask_fn, offered))
-        if not isinstance(mask, Tensor) or mask.shape != site.layer.weight.shape:
+        if not isinstance(mask, Tensor) or mask.shape != expected:
             shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-            raise ConfigError(
-                f"SHiRA: mask_fn returned {shape} for {site.path!r}; expected a mask of shape {tuple(site.layer.weight.shape)}"
-            )
+            raise ConfigError(f"SHiRA: mask_fn returned {shape} for {site.path!r}; expected a mask of shape {tuple(expected)}")
         if not bool(((mask == 0) | (mask == 1)).all()):
             raise ConfigError(f"SHiRA: mask_fn returned values other than 0 and 1 for {site.path!r}")
         positions = self.geometry.canonical(mask).reshape(-1).nonzero().squeeze(1).cpu()

@@ -127,7 +127,7 @@ class _Adapted(torch.autograd.Function):
     """Returns the output and, when rows are scaled, the unscaled output that backward needs (not differentiable)."""
 
     @staticmethod
-    def forward(x, weight, bias, row, call: Call, *tensors):  # type: ignore[override]
+    def forward(x, weight, bias, row, call: Call, *tensors):
         geo = call.geometry
         host_bias = None if bias is None or row is not None else bias.to(call.dtype)
         y = geo.apply(x, call.weight(weight, tensors), host_bias)
@@ -147,7 +147,7 @@ class _Adapted(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias, row, unscaled, *tensors)
 
     @staticmethod
-    def backward(ctx, grad, _):  # type: ignore[override]
+    def backward(ctx, grad, _):
         x, weight, bias, row, unscaled, *tensors = ctx.saved_tensors
         needs = ctx.needs_input_grad
         if grad is None:

@@ -22,7 +22,7 @@ def recompute(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
 
 class _Recompute(torch.autograd.Function):
     @staticmethod
-    def forward(function, *tensors):  # type: ignore[override]
+    def forward(function, *tensors):
         return function(*tensors)
 
     @staticmethod
@@ -31,7 +31,7 @@ class _Recompute(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[override]
+    def backward(ctx, grad):
         twice = torch.is_grad_enabled()
         needs = ctx.needs_input_grad[1:]
         held = ctx.saved_tensors

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,27 +25,30 @@ Build = Callable[[Factors], Tensor]
 
 @dataclass(frozen=True)
 class Step:
-    """A linear map of the channels with a weight built from the factors (None: the map has none)."""
+    """A linear map of the channels with a weight built from the factors.
+
+    ``w`` is that weight, a tensor, or None for maps without one.
+    """
 
     weight: Build | None
 
-    def apply(self, geo: Geometry, x: Tensor, w: Tensor) -> Tensor:
+    def apply(self, geo: Geometry, x: Tensor, w: Any) -> Tensor:
         """The map itself."""
         raise NotImplementedError
 
-    def adjoint(self, geo: Geometry, x: Tensor, w: Tensor, grad: Tensor) -> Tensor:
+    def adjoint(self, geo: Geometry, x: Tensor, w: Any, grad: Tensor) -> Tensor:
         """Gradient with respect to the input ``x`` (read for its shape only)."""
         raise NotImplementedError
 
-    def weight_grad(self, geo: Geometry, x: Tensor, w: Tensor, grad: Tensor) -> Tensor:
+    def weight_grad(self, geo: Geometry, x: Tensor, w: Any, grad: Tensor) -> Tensor:
         """Gradient with respect to the weight."""
         raise NotImplementedError
 
-    def add_(self, geo: Geometry, y: Tensor, x: Tensor, w: Tensor) -> None:
+    def add_(self, geo: Geometry, y: Tensor, x: Tensor, w: Any) -> None:
         """``y += apply(x)``."""
         y.add_(self.apply(geo, x, w))
 
-    def add_adjoint_(self, geo: Geometry, gx: Tensor, x: Tensor, w: Tensor, grad: Tensor) -> None:
+    def add_adjoint_(self, geo: Geometry, gx: Tensor, x: Tensor, w: Any, grad: Tensor) -> None:
         """``gx += adjoint(grad)``."""
         gx.add_(self.adjoint(geo, x, w, grad))
 
@@ -55,19 +59,19 @@ class Pointwise(Step):
 
     groups: int = 1
 
-    def apply(self, geo: Geometry, x: Tensor, w: Tensor) -> Tensor:
+    def apply(self, geo: Geometry, x: Tensor, w: Any) -> Tensor:
         return geo.pointwise(x, w, self.groups)
 
-    def adjoint(self, geo: Geometry, x: Tensor, w: Tensor, grad: Tensor) -> Tensor:
+    def adjoint(self, geo: Geometry, x: Tensor, w: Any, grad: Tensor) -> Tensor:
         return geo.pointwise(grad, w.T, self.groups)
 
-    def weight_grad(self, geo: Geometry, x: Tensor, w: Tensor, grad: Tensor) -> Tensor:
+    def weight_grad(self, geo: Geometry, x: Tensor, w: Any, grad: Tensor) -> Tensor:
         return geo.pointwise_weight_grad(x, grad, w, self.groups)
 
-    def add_(self, geo: Geometry, y: Tensor, x: Tensor, w: Tensor) -> None:
+    def add_(self, geo: Geometry, y: Tensor, x: Tensor, w: Any) -> None:
         geo.accumulate_(y, x, w, self.groups)
 
-    def add_adjoint_(self, geo: Geometry, gx: Tensor, x: Tensor, w: Tensor, grad: Tensor) -> None:
+    def add_adjoint_(self, geo: Geometry, gx: Tensor, x: Tensor, w: Any, grad: Tensor) -> None:
         geo.accumulate_(gx, grad, w.T, self.groups)
 
 
@@ -77,15 +81,15 @@ class Conv(Step):
 
     groups: int = 1
 
-    def apply(self, geo: Geometry, x: Tensor, w: Tensor) -> Tensor:
+    def apply(self, geo: Geometry, x: Tensor, w: Any) -> Tensor:
         return geo.unfold(geo.apply(geo.fold(x, self.groups), w, groups=1), self.groups)
 
-    def adjoint(self, geo: Geometry, x: Tensor, w: Tensor, grad: Tensor) -> Tensor:
+    def adjoint(self, geo: Geometry, x: Tensor, w: Any, grad: Tensor) -> Tensor:
         gx, _ = geo.gradients(geo.fold(grad, self.groups), geo.fold(x, self.groups), w, True, False, groups=1)
         assert gx is not None
         return gx.reshape(x.shape)
 
-    def weight_grad(self, geo: Geometry, x: Tensor, w: Tensor, grad: Tensor) -> Tensor:
+    def weight_grad(self, geo: Geometry, x: Tensor, w: Any, grad: Tensor) -> Tensor:
         _, gw = geo.gradients(geo.fold(grad, self.groups), geo.fold(x, self.groups), w, False, True, groups=1)
         assert gw is not None
         return gw
@@ -95,23 +99,23 @@ class Conv(Step):
 class Mix(Step):
     """``weight (a, c)`` across c slices of the channels."""
 
-    def apply(self, geo: Geometry, x: Tensor, w: Tensor) -> Tensor:
+    def apply(self, geo: Geometry, x: Tensor, w: Any) -> Tensor:
         return mix(x, w)
 
-    def adjoint(self, geo: Geometry, x: Tensor, w: Tensor, grad: Tensor) -> Tensor:
+    def adjoint(self, geo: Geometry, x: Tensor, w: Any, grad: Tensor) -> Tensor:
         return mix(grad, w.T)
 
-    def weight_grad(self, geo: Geometry, x: Tensor, w: Tensor, grad: Tensor) -> Tensor:
+    def weight_grad(self, geo: Geometry, x: Tensor, w: Any, grad: Tensor) -> Tensor:
         a, c = w.shape
         batch, size = x.shape[0], x.shape[1] // c * prod(x.shape[2:])
         return torch.einsum("naq,ncq->ac", grad.reshape(batch, a, size), x.reshape(batch, c, size))
 
-    def add_(self, geo: Geometry, y: Tensor, x: Tensor, w: Tensor) -> None:
+    def add_(self, geo: Geometry, y: Tensor, x: Tensor, w: Any) -> None:
         a, c = w.shape
         batch, size = x.shape[0], x.shape[1] // c * prod(x.shape[2:])
         y.view(batch, a, size).baddbmm_(w.expand(batch, a, c), x.reshape(batch, c, size))
 
-    def add_adjoint_(self, geo: Geometry, gx: Tensor, x: Tensor, w: Tensor, grad: Tensor) -> None:
+    def add_adjoint_(self, geo: Geometry, gx: Tensor, x: Tensor, w: Any, grad: Tensor) -> None:
         self.add_(geo, gx, grad, w.T)
 
 
@@ -121,13 +125,13 @@ class Shards(Step):
 
     r: int = 1
 
-    def apply(self, geo: Geometry, x: Tensor, w: Tensor | None) -> Tensor:
+    def apply(self, geo: Geometry, x: Tensor, w: Any) -> Tensor:
         return shard_sum(x, self.r)
 
-    def adjoint(self, geo: Geometry, x: Tensor, w: Tensor | None, grad: Tensor) -> Tensor:
+    def adjoint(self, geo: Geometry, x: Tensor, w: Any, grad: Tensor) -> Tensor:
         return torch.cat([grad] * -(-x.shape[1] // self.r), dim=1)[:, : x.shape[1]]
 
-    def add_adjoint_(self, geo: Geometry, gx: Tensor, x: Tensor, w: Tensor | None, grad: Tensor) -> None:
+    def add_adjoint_(self, geo: Geometry, gx: Tensor, x: Tensor, w: Any, grad: Tensor) -> None:
         whole = x.shape[1] - x.shape[1] % self.r
         gx[:, :whole].unflatten(1, (-1, self.r)).add_(grad.unsqueeze(1))
         if whole < x.shape[1]:
@@ -140,13 +144,13 @@ class Tile(Step):
 
     count: int = 1
 
-    def apply(self, geo: Geometry, x: Tensor, w: Tensor | None) -> Tensor:
+    def apply(self, geo: Geometry, x: Tensor, w: Any) -> Tensor:
         return torch.cat([x] * self.count, dim=1)
 
-    def adjoint(self, geo: Geometry, x: Tensor, w: Tensor | None, grad: Tensor) -> Tensor:
+    def adjoint(self, geo: Geometry, x: Tensor, w: Any, grad: Tensor) -> Tensor:
         return grad.unflatten(1, (self.count, -1)).sum(1)
 
-    def add_(self, geo: Geometry, y: Tensor, x: Tensor, w: Tensor | None) -> None:
+    def add_(self, geo: Geometry, y: Tensor, x: Tensor, w: Any) -> None:
         y.unflatten(1, (self.count, -1)).add_(x.unsqueeze(1))
 
 
@@ -210,13 +214,13 @@ class Sparse(Step):
 
     pattern: Pattern | None = None
 
-    def add_(self, geo: Geometry, y: Tensor, x: Tensor, w: Tensor) -> None:
+    def add_(self, geo: Geometry, y: Tensor, x: Tensor, w: Any) -> None:
         y.add_((self.pattern.matrix(w) @ x.T.contiguous()).T)  # type: ignore[union-attr]
 
-    def add_adjoint_(self, geo: Geometry, gx: Tensor, x: Tensor, w: Tensor, grad: Tensor) -> None:
+    def add_adjoint_(self, geo: Geometry, gx: Tensor, x: Tensor, w: Any, grad: Tensor) -> None:
         gx.add_((self.pattern.transposed(w) @ grad.T.contiguous()).T)  # type: ignore[union-attr]
 
-    def weight_grad(self, geo: Geometry, x: Tensor, w: Tensor, grad: Tensor) -> Tensor:
+    def weight_grad(self, geo: Geometry, x: Tensor, w: Any, grad: Tensor) -> Tensor:
         pattern = self.pattern
         assert pattern is not None
         empty = pattern.matrix(torch.zeros_like(w))
@@ -324,5 +328,5 @@ def _pull(weight: Tensor, leaves: list[Tensor], grad: Tensor) -> list[Tensor | N
     return list(torch.autograd.grad(weight, leaves, grad, allow_unused=True, retain_graph=True))
 
 
-def _add(total: list[Tensor | None], more: list[Tensor | None]) -> list[Tensor | None]:
+def _add(total: Sequence[Tensor | None], more: Sequence[Tensor | None]) -> list[Tensor | None]:
     return [a if b is None else b if a is None else a + b for a, b in zip(total, more)]

@@ -101,16 +101,15 @@ class AdaptedLayer(nn.Module):
         Raises:
             AdapterError: the weight is packed or quantized.
         """
+        weight: Any = getattr(self.base_layer, "weight", None)
         if not self.has_plain_weight:
-            weight = getattr(self.base_layer, "weight", None)
             raise AdapterError(
                 f"{type(self.base_layer).__name__} does not hold its weight as a plain tensor (found "
                 f"{type(weight).__name__} {getattr(weight, 'dtype', None)}); adapters that need it, and merging, are refused"
             )
-        weight = self.base_layer.weight
         if self.snapshot is not None:
             weight = self.snapshot.tensors["weight"].to(weight.device)
-        return self.geometry.canonical(weight)  # type: ignore[arg-type]
+        return self.geometry.canonical(weight)
 
     # --- forward -----------------------------------------------------------------------------------------------------
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -144,7 +143,8 @@ class AdaptedLayer(nn.Module):
         return x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)
 
     def _fused(self, names: list[str], x: Tensor) -> Tensor:
-        geo, base = self.geometry, self.base_layer
+        geo = self.geometry
+        base: Any = self.base_layer
         dtype = compute_dtype(x)
         with torch.autocast(x.device.type, enabled=False):
             inner, lead = geo.enter(x.to(dtype))
@@ -166,7 +166,8 @@ class AdaptedLayer(nn.Module):
         active = [(a, f, None if p is not None and (p.eager_only or a.depends_on_weight) else p) for a, f, p in active]
         dense = [(a, f) for a, f, p in active if p is None and not (self.training and _masked(a))]
         if dense and self._transparent():
-            weight, bias = geo.canonical(self.base_layer.weight), self.base_layer.bias
+            base: Any = self.base_layer
+            weight, bias = geo.canonical(base.weight), base.bias
             y = geo.apply(inner, changed_weight(weight, dense).to(dtype), None if bias is None else bias.to(dtype))
             y = geo.leave(y, lead)
             active = [(a, f, p) for a, f, p in active if all(a is not d for d, _ in dense)]
@@ -198,8 +199,8 @@ class AdaptedLayer(nn.Module):
         """Active adapters with their factors and, where it is cheaper, their program."""
         active: Active = []
         for adapter, f in (member for name in names for member in self.adapter(name).members()):
-            if self.training and getattr(adapter.config, "module_dropout", 0.0):
-                keep = (torch.rand((), device=x.device) >= adapter.config.module_dropout).to(f["scale"].dtype)
+            if self.training and _module_dropout(adapter):
+                keep = (torch.rand((), device=x.device) >= _module_dropout(adapter)).to(f["scale"].dtype)
                 f["scale"], f["strength"] = f["scale"] * keep, f["strength"] * keep
             choice, program = self._choose(adapter, f, x)
             active.append((adapter, f, program if choice.mode == "beside" else None))
@@ -221,7 +222,7 @@ class AdaptedLayer(nn.Module):
         lone = adapter.decomposed and program is not None and adapter.get_strength() == 1.0
         if not lone or adapter.config.dora_axis != "out":  # type: ignore[attr-defined]
             return None
-        if self.training and getattr(adapter.config, "module_dropout", 0.0):
+        if self.training and _module_dropout(adapter):
             return None
         return row_factor(adapter, weight, f)
 
@@ -265,7 +266,7 @@ class AdaptedLayer(nn.Module):
         if self.snapshot is None:
             self.snapshot = Snapshot.take(self.base_layer, ("weight",))
         with torch.no_grad():
-            self.base_layer.weight.copy_(weight)  # type: ignore[union-attr, operator]
+            self.base_layer.get_parameter("weight").copy_(weight)
         self.merged = names
 
     def unmerge(self) -> None:
@@ -335,6 +336,11 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     """Dtype an operation on ``x`` runs in: autocast's where it is on, else the input's."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _module_dropout(adapter: Adapter) -> float:
+    """Probability of skipping the adapter for a call."""
+    return getattr(adapter.config, "module_dropout", 0.0)
 
 
 def _input_dropout(adapter: Adapter) -> float:

@@ -41,8 +41,8 @@ class SavedModule(nn.Module):
     @property
     def current(self) -> nn.Module:
         """The module that runs."""
-        if self.enabled and self.active in self.modules_to_save:
-            return self.modules_to_save[self.active]  # type: ignore[index]
+        if self.enabled and self.active is not None and self.active in self.modules_to_save:
+            return self.modules_to_save[self.active]
         return self.original_module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -79,7 +79,7 @@ def loss_chart(
         pen.text((right + 12 * SCALE, y), f"{name}\n{value:.4f}", fill=colour, font=_font(14), anchor="lm")
 
     pen.text((left, 22 * SCALE), title, fill=INK, font=_font(22))
-    x = left
+    x = float(left)
     for name, colour in (("one step", FAINT), ("moving average", LINE), ("held-out loss (dashed)", MUTED)):
         pen.ellipse([x, 63 * SCALE, x + 10 * SCALE, 73 * SCALE], fill=colour)
         pen.text((x + 16 * SCALE, 68 * SCALE), name, fill=MUTED, font=_font(14), anchor="lm")

@@ -99,7 +99,7 @@ def run_demo(
     fresh = StableDiffusionPipeline.from_pretrained(files["base"])
     load_trained(fresh, files["adapter"])
     after = generate(fresh, seed)
-    rows = [
+    rows: list[tuple[str, list[Image.Image]]] = [
         ("the subject, as trained on", [Image.open(path) for path in subject]),
         (f'"{PROMPT}", base model', before),
         (f'"{PROMPT}", with the {recipe.title} adapter', after),

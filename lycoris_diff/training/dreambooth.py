@@ -96,7 +96,7 @@ class _Run:
         """Take all optimizer steps; return the loss of each and the seconds they took together."""
         config, accelerator = self.config, self.accelerator
         trained = [self.models[component] for component in config.adapters]
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": _trainable(self.models[component]), "lr": config.learning_rate_of(component)}
             for component in config.adapters
         ]
