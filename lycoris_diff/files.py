@@ -77,7 +77,10 @@ def load_adapter_directory(
     if config is None:
         config = read_config(config_path)
     tensors = read_tensors(weights_path)
-    adapters, saved, biases = read_adapters(base, config, tensors, is_trainable, autocast)
+    try:
+        adapters, saved, biases = read_adapters(base, config, tensors, is_trainable, autocast)
+    except CheckpointError as error:
+        raise CheckpointError(f"{weights_path}: {error}") from error
     config.inference_mode = not is_trainable
     attach(base, config, name, adapters, saved)
     set_active(base, [name])
@@ -151,9 +154,13 @@ def locate_files(source: str | os.PathLike[str], need_config: bool = True, **hub
     if Path(source).is_absolute() or os.fspath(source).startswith("."):
         raise FileNotFoundError(f"no such directory: {folder}")
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HFValidationError
 
     def download(file: str) -> Path:
-        return Path(hf_hub_download(os.fspath(source), file, subfolder=subfolder or None, **hub))
+        try:
+            return Path(hf_hub_download(os.fspath(source), file, subfolder=subfolder or None, **hub))
+        except HFValidationError as error:
+            raise FileNotFoundError(f"no such directory, and no name of a Hub repository: {os.fspath(source)}") from error
 
     return download(CONFIG_NAME) if need_config else Path(CONFIG_NAME), download(WEIGHTS_NAME)
 

@@ -121,8 +121,12 @@ def build_adapter(target: Target, config: AdapterConfig, name: str, low_cpu_mem_
     """A new adapter for one target, initialised unless on meta."""
     cls = adapter_class(config)
     own = layer_config(config, target.path)
+    try:
+        shapes = cls.shapes(target.geometry, own)
+    except ConfigError as error:
+        raise ConfigError(f"{target.path}: {error}") from error
     with torch.device("meta" if low_cpu_mem_usage else "cpu"):
-        adapter = cls(target.geometry, own, cls.shapes(target.geometry, own))
+        adapter = cls(target.geometry, own, shapes)
     dtype = parameter_dtype(target.layer, autocast)
     adapter.to(dtype=dtype)
     if not low_cpu_mem_usage:

@@ -59,6 +59,8 @@ class AdapterModel(nn.Module):
     config_class: type[AdapterConfig] | None = None
 
     def __new__(cls, model: nn.Module, *args: Any, **kwargs: Any) -> AdapterModel:
+        if not isinstance(model, nn.Module):
+            raise AdapterError(f"expected a torch module as the model, got {type(model).__name__}: {model!r}")
         return super().__new__(_with_signature(cls, type(model)))  # type: ignore[arg-type]
 
     def __init__(
@@ -71,8 +73,6 @@ class AdapterModel(nn.Module):
     ) -> None:
         if isinstance(model, AdapterModel):
             raise AdapterError(f"{type(model).__name__} is already a wrapper; use its add_adapter(), or wrap get_base_model()")
-        if not isinstance(model, nn.Module):
-            raise AdapterError(f"expected a torch module, got {type(model).__name__}")
         if self.config_class is not None and config is not None and not isinstance(config, self.config_class):
             raise ConfigError(
                 f"{type(self).__name__} takes a {self.config_class.__name__}, got {type(config).__name__}; "
@@ -392,7 +392,7 @@ class AdapterModel(nn.Module):
             raise AdapterError("safe_serialization=False would write a pickle; only safetensors is written")
         names = self._names(selected_adapters or list(self.peft_config))
         for name in names:
-            folder = os.fspath(save_directory) if name == "default" or len(names) == 1 else os.path.join(save_directory, name)
+            folder = os.fspath(save_directory) if name == "default" else os.path.join(save_directory, name)
             save_adapter_directory(self.model, name, folder, compact=compact, state_dict=state_dict)
 
     @classmethod

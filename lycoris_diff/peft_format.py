@@ -18,7 +18,7 @@ from .execution.geometry import geometry_of
 from .injection import adapted_layers, layer_config, parameter_dtype, saved_copies, state_of
 from .layers.layer import AdaptedLayer
 from .layers.saved import SavedModule
-from .targets import PRESETS, Target, base_modules
+from .targets import PRESETS, Target, base_modules, selected_paths
 
 PREFIX = "base_model.model."
 #: peft_type of what PEFT cannot express, so that it refuses the directory instead of misreading it
@@ -193,6 +193,9 @@ def read_adapters(
             problems.append(f"{name} (the model has no module for it{nearest(key.rpartition('.')[0], modules)})")
     if problems or not groups:
         raise CheckpointError(f"the file does not fit {type(base).__name__}: " + _first(problems or ["it holds no adapter"]))
+    missing = [] if isinstance(config, CombinedConfig) else sorted(selected_paths(base, config) - groups.keys())
+    if missing:
+        raise CheckpointError(f"the config names modules the file has no tensors for: {_first(missing)}")
     adapters: dict[str, tuple[Target, Adapter]] = {}
     for path, found in groups.items():
         geometry = geometry_of(modules[path])
@@ -221,6 +224,11 @@ def adapter_from_tensors(
         return _combined_from_tensors(target, own, tensors, trainable, autocast)
     cls = ADAPTERS[config.peft_name]
     values = cls.decode(target.geometry, tensors)
+    for name, value in values.items():
+        if value.is_floating_point() == (name in cls.index_names):
+            raise CheckpointError(
+                f"tensor {name!r} is {value.dtype}; expected {'integers' if name in cls.index_names else 'floats'}"
+            )
     shapes = {k: tuple(v.shape) for k, v in values.items()}
     cls.fits(target.geometry, own, shapes)
     with torch.device("meta"):

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .adapters.config import AdapterConfig
 from .errors import TargetError, nearest
@@ -19,8 +19,10 @@ PRESETS = ("all-linear", "all", "attention", "mlp", "conv")
 
 _UNET = ("proj_in", "proj_out", "to_k", "to_q", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
 _QKVO = ("q_proj", "v_proj")
+#: transformers renamed these layers; a pattern covers both
+_VISION = r".*attention.*\.(query|value|q_proj|v_proj)"
 _CLIP = ("k_proj", "q_proj", "v_proj", "out_proj", "fc1", "fc2")
-#: default targets by the model's class (diffusers) or ``config.model_type`` (transformers); a string is a preset
+#: default targets by the model's class (diffusers) or ``config.model_type`` (transformers); a string is a preset or a pattern
 DEFAULT_TARGETS: dict[str, tuple[str, ...] | str] = {
     "UNet2DConditionModel": _UNET,
     "UNetMotionModel": _UNET,
@@ -36,8 +38,8 @@ DEFAULT_TARGETS: dict[str, tuple[str, ...] | str] = {
     "xlm-roberta": ("query", "value"),
     "electra": ("query", "value"),
     "distilbert": ("q_lin", "v_lin"),
-    "vit": ("query", "value"),
-    "dinov2": ("query", "value"),
+    "vit": _VISION,
+    "dinov2": _VISION,
     "gpt2": ("c_attn",),
     "gpt_neox": ("query_key_value",),
     "bloom": ("query_key_value",),
@@ -104,6 +106,7 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> list[Target]:
     else:
         chosen = _by_names(modules, wanted, "target_modules")
         explicit = True
+        _refuse_containers(modules, wanted)
     excluded = set(_excluded(modules, config))
     saved = set(_by_names(modules, config.modules_to_save, "modules_to_save")) if config.modules_to_save else set()
     chosen = [p for p in chosen if p not in excluded and not _inside(p, saved)]
@@ -125,6 +128,36 @@ def saved_modules(model: nn.Module, config: AdapterConfig) -> list[str]:
     modules = dict(base_modules(model))
     paths = _by_names(modules, config.modules_to_save, "modules_to_save") if config.modules_to_save else []
     return [p for p in paths if not _inside(p, set(paths) - {p})]
+
+
+def selected_paths(model: nn.Module, config: AdapterConfig) -> set[str]:
+    """Adaptable modules that a loaded config's names, pattern or preset select; what matches nothing is passed over.
+
+    Selections by block index give nothing: libraries disagree about them.
+    """
+    modules = dict(base_modules(model))
+    wanted = config.target_modules
+    if wanted is None or config.layers_to_transform is not None:
+        return set()
+    try:
+        if isinstance(wanted, str):
+            chosen = _by_preset(model, modules, wanted) if wanted in PRESETS else _by_regex(modules, wanted, "target_modules")
+        else:
+            present = [n for n in wanted if any(p == n or p.endswith(f".{n}") for p in modules)]
+            chosen = _by_names(modules, present, "target_modules")
+        outside = set(_excluded(modules, config))
+    except TargetError:
+        return set()
+    saved = {p for p in modules if any(p == n or p.endswith(f".{n}") for n in config.modules_to_save or [])}
+    owners = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+    return {
+        p
+        for p in chosen
+        if geometry_of(modules[p]) is not None
+        and p not in outside
+        and not _inside(p, saved)
+        and not isinstance(modules.get(p.rpartition(".")[0]), owners)
+    }
 
 
 def default_targets(model: nn.Module) -> Iterable[str] | str:
@@ -182,6 +215,18 @@ def _by_names(modules: dict[str, nn.Module], names: Iterable[str], field: str) -
             raise TargetError(f"{field}: {name!r} matches no module.{nearest(name, modules)}")
         chosen |= hits
     return [p for p in modules if p in chosen]
+
+
+def _refuse_containers(modules: dict[str, nn.Module], names: Iterable[str]) -> None:
+    """A name that only reaches containers would adapt nothing."""
+    for name in names:
+        hits = [p for p in modules if p == name or p.endswith(f".{name}")]
+        if all(geometry_of(modules[p]) is None and _has_children(modules[p]) for p in hits):
+            inside = [p for p, m in modules.items() if p.startswith(f"{hits[0]}.") and geometry_of(m) is not None]
+            raise TargetError(
+                f"target_modules: {name!r} is {type(modules[hits[0]]).__name__}, which cannot be adapted itself; "
+                f"adaptable inside it: {inside[:5] or 'nothing'}"
+            )
 
 
 def _by_regex(modules: dict[str, nn.Module], pattern: str, field: str) -> list[str]:
@@ -283,6 +328,10 @@ def _target(model: nn.Module, path: str, module: nn.Module, explicit: bool) -> T
         )
     if not path:
         raise TargetError(f"the model itself is {type(module).__name__}; put it into a module and name it in target_modules")
+    weight: Any = getattr(module, "weight", None)
+    plain = isinstance(weight, Tensor) and type(module).__module__.startswith("torch.nn.modules")
+    if plain and type(weight) in (nn.Parameter, Tensor) and not weight.is_floating_point():
+        raise TargetError(f"the weight of {path!r} is {weight.dtype}; adapters need a floating-point weight")
     owner = model.get_submodule(path.rpartition(".")[0])
     if isinstance(owner, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
         # these read .weight of their children instead of calling them: an adapter there would do nothing, silently

@@ -205,12 +205,37 @@ def reference(layer: nn.Module, config: Any, x: Tensor, strength: float = 1.0, n
     return oracles.forward(base, x, [(strength, oracles.delta(config, tensors, base))])
 
 
+def build(algorithm: str, layer: str, dtype: torch.dtype = torch.float64):
+    """Config, model and layer of a case, filled with noise."""
+    config = ALGORITHMS[algorithm]()
+    model, adapted = adapt(make_layer(layer, dtype), config)
+    randomize(model)
+    return config, model, adapted
+
+
+def trainable(adapted: nn.Module) -> dict[str, Tensor]:
+    """The adapter's trained factors under their file names."""
+    return {k: v for k, v in factors(adapted).items() if v.is_floating_point()}
+
+
+def dense_gradients(config, adapted, x, cotangent):
+    """Gradients of the factors and the input through the dense float64 rebuild."""
+    leaves = {
+        k: v.detach().to(torch.float64).requires_grad_() if v.is_floating_point() else v for k, v in factors(adapted).items()
+    }
+    x = x.detach().to(torch.float64).requires_grad_()
+    y = oracles.forward(adapted.base_layer, x, [(1.0, oracles.delta(config, leaves, adapted.base_layer))])
+    wanted = {k: v for k, v in leaves.items() if v.is_floating_point()} | {"input": x}
+    return dict(zip(wanted, torch.autograd.grad(y, list(wanted.values()), cotangent.to(torch.float64))))
+
+
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Largest error over the largest expected value."""
     expected = expected.to(torch.float64)
     assert actual.shape == expected.shape, f"{tuple(actual.shape)} is not {tuple(expected.shape)}"
     if expected.numel() == 0:
         return 0.0
+    actual, expected = actual.detach(), expected.detach()
     return float((actual.to(torch.float64) - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
 
 

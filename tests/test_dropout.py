@@ -63,12 +63,10 @@ def test_acts_in_training_and_is_off_in_eval(name, layer):
     model(x).sum().backward()
 
 
-@pytest.mark.parametrize("name", [n for n in ALL if n.endswith("-rank")])
+@pytest.mark.parametrize("name", ["lokr-rank", "loha-rank"])  # DoRA's magnitude moves every row
 @pytest.mark.parametrize("layer", ["linear", "hf-conv1d", "conv2d-zeros"])
 def test_rank_dropout_drops_output_rows(name, layer):
     """One draw of a call keeps or drops whole output channels of the change, for all tokens alike."""
-    if "dora" in name:
-        pytest.skip("the magnitude moves every row")
     model, adapted = build(ALL[name], layer)
     x = make_input(adapted.base_layer)
     model.eval()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import assert_untouched, fingerprint, randomize
 from modelcases import CONFIGS, adapted_layers, wrapped
-from smallmodels import MODELS, bert, clip, gpt2, llama, output_of, sd3, t5, tokens, unet, vit
+from smallmodels import MODELS, bert, clip, gpt2, llama, output_of, sd3, t5, tokens, unet
 from torch import nn
 
 from lycoris_diff import (
@@ -101,14 +101,63 @@ def test_defaults_by_architecture(family, kind):
     assert not torch.equal(output_of(model, inputs()), output_of(make(), inputs()))
 
 
-def test_defaults_are_pefts_where_peft_has_them():
+FAMILIES = [
+    "bert",
+    "roberta",
+    "xlm-roberta",
+    "electra",
+    "distilbert",
+    "gpt2",
+    "gpt_neo",
+    "gpt_neox",
+    "gptj",
+    "bloom",
+    "falcon",
+    "opt",
+    "llama",
+    "mistral",
+    "mixtral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "phi",
+    "phi3",
+    "vit",
+    "dinov2",
+    "t5",
+    "mt5",
+    "umt5",
+    "bart",
+    "whisper",
+    "clip_text_model",
+]
+
+
+def on_meta(family: str) -> nn.Module:
+    """One block of a transformers family, without memory."""
+    from transformers import AutoConfig, AutoModel
+
+    config = AutoConfig.for_model(family)
+    for name in ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers"):
+        if hasattr(config, name):
+            setattr(config, name, 1)
+    with torch.device("meta"):
+        return AutoModel.from_config(config)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_defaults_of_transformers_families(family):
+    """Every common family has defaults that exist in its model, PEFT's where PEFT has some."""
     peft = pytest.importorskip("peft")
-    for make in (bert, gpt2, llama, vit, t5):
-        theirs = peft.get_peft_model(make(), peft.LoraConfig(r=1))
-        expected = {n.removeprefix("base_model.model.") for n in theirs.targeted_module_names}
-        model = get_peft_model(make(), LoraConfig(r=1))
-        own = {path for path, _ in model.get_base_model().named_modules() if path in expected}
-        assert own == expected and len(adapted_layers(model)) == len(expected), make.__name__
+    report = inject_adapter(on_meta(family), LoraConfig(r=1), adapter_name="default", low_cpu_mem_usage=True)
+    assert report.matched
+    try:
+        theirs = peft.get_peft_model(on_meta(family), peft.LoraConfig(r=1))
+    except ValueError:
+        return  # PEFT has none
+    assert set(report.matched) == {n.removeprefix("base_model.model.") for n in theirs.targeted_module_names}
 
 
 def test_unknown_architecture_asks_for_targets():

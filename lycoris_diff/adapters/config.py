@@ -185,6 +185,9 @@ class ScaledConfig(AdapterConfig):
         super().check()
         if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)) or not abs(self.alpha) < float("inf"):
             raise ConfigError(f"{type(self).__name__}: alpha is {self.alpha!r}; expected a finite number")
+        for pattern, value in self.alpha_pattern.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < float("inf"):
+                raise ConfigError(f"alpha_pattern[{pattern!r}] is {value!r}; expected a finite number")
         for name in ("rank_dropout", "module_dropout"):
             self._probability(name)
         if self.dora_axis not in ("out", "in"):

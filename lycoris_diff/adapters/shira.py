@@ -162,7 +162,7 @@ class Shira(Adapter):
 
     def program(self, f: Factors) -> Program | None:
         geo, values = self.geometry, f["shira_weight"]
-        if geo.kernel or values.dtype not in (torch.float32, torch.float64) or torch.compiler.is_compiling():
+        if geo.kernel or torch.compiler.is_compiling():
             return None
         # four multiply-adds' worth of time each: sparse kernels do not reach the dense ones' rate
         last = Sparse(lambda f: f["shira_weight"] * f["scale"], self._pattern())

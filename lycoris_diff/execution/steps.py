@@ -192,6 +192,11 @@ class Pattern:
         return torch.sparse_csr_tensor(*self.by_column, swapped, self.shape[::-1], check_invariants=False)
 
 
+def _wide(t: Tensor) -> Tensor:
+    """The dtype that sparse kernels exist for: float32 instead of a half precision."""
+    return t if t.dtype in (torch.float32, torch.float64) else t.float()
+
+
 @functools.cache
 def _announce_sparse() -> None:
     """Let torch say once, unheard, that compressed sparse tensors are young; the tests cover what is used of them."""
@@ -215,17 +220,17 @@ class Sparse(Step):
     pattern: Pattern | None = None
 
     def add_(self, geo: Geometry, y: Tensor, x: Tensor, w: Any) -> None:
-        y.add_((self.pattern.matrix(w) @ x.T.contiguous()).T)  # type: ignore[union-attr]
+        y.add_((self.pattern.matrix(_wide(w)) @ _wide(x).T.contiguous()).T)  # type: ignore[union-attr]
 
     def add_adjoint_(self, geo: Geometry, gx: Tensor, x: Tensor, w: Any, grad: Tensor) -> None:
-        gx.add_((self.pattern.transposed(w) @ grad.T.contiguous()).T)  # type: ignore[union-attr]
+        gx.add_((self.pattern.transposed(_wide(w)) @ _wide(grad).T.contiguous()).T)  # type: ignore[union-attr]
 
     def weight_grad(self, geo: Geometry, x: Tensor, w: Any, grad: Tensor) -> Tensor:
         pattern = self.pattern
         assert pattern is not None
-        empty = pattern.matrix(torch.zeros_like(w))
-        sampled = torch.sparse.sampled_addmm(empty, grad.T.contiguous(), x.T.contiguous().T, beta=0.0)
-        return torch.empty_like(w).index_copy_(0, pattern.entry, sampled.values())
+        empty = pattern.matrix(_wide(torch.zeros_like(w)))
+        sampled = torch.sparse.sampled_addmm(empty, _wide(grad).T.contiguous(), _wide(x).T.contiguous().T, beta=0.0)
+        return torch.empty_like(w).index_copy_(0, pattern.entry, sampled.values().to(w.dtype))
 
 
 @dataclass(frozen=True)
