@@ -30,13 +30,13 @@ test-slow: $(VENV)/.installed-test  ## the slow tests only
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 quality: $(VENV)/.installed-dev  ## lint, format check and types; changes nothing
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
 
 style: $(VENV)/.installed-dev  ## fix what can be fixed and format
-	$(BIN)/ruff check --fix .
-	$(BIN)/ruff format .
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
 
 bench: $(VENV)/.installed-bench  ## measure single layers against PEFT and LyCORIS
 	$(BIN)/python scripts/benchmark_layers.py $(BENCH_ARGS)

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
-from itertools import chain
+from itertools import chain, compress
 from pathlib import Path
 from typing import Any
 
@@ -322,7 +322,8 @@ SAVED_BEYOND_INPUT = 2 * MIB
 # ------------------------------------------------------------------------------------------------------------- report
 
 HEADERS = ["case", "algorithm", "base ms", *[f"{c} x" for c in ADAPTED], "ours / PEFT", "target", "met"]
-HEADERS += ["ours forward x", "PEFT forward x", "ours saved MiB", "PEFT saved MiB", "saved target", "met"]
+HEADERS += ["ours forward x", "PEFT forward x", "ours saved MiB", "PEFT saved MiB", "saved target", "saved met"]
+ON_SCREEN = {"case", "algorithm", "ours x", "PEFT x", "LyCORIS bypass x", "target", "met", "saved met"}
 
 
 def cells(row: Row) -> list[str]:
@@ -416,9 +417,11 @@ def main(arguments: list[str] | None = None) -> None:
             progress.update(task, description=f"{case} {algorithm}")
             rows.append(measure(case, algorithm, options.rounds, options.warmup))
             progress.advance(task)
-    table = Table(*HEADERS, title="One training step, relative to the frozen base layer")
+    shown = [h in ON_SCREEN for h in HEADERS]
+    table = Table(*compress(HEADERS, shown), title="One training step, relative to the frozen base layer")
+    table.columns[0].overflow = "fold"
     for row in rows:
-        table.add_row(*(cell.replace("**no**", "[red]no[/red]") for cell in cells(row)))
+        table.add_row(*(cell.replace("**no**", "[red]no[/red]") for cell in compress(cells(row), shown)))
     console.print(table)
     if options.json:
         report = {"machine": machine(), "rounds": options.rounds, "rows": [asdict(row) for row in rows]}

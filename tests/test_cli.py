@@ -23,7 +23,8 @@ def fake_report(folder, after):
 
 
 class TestDemo:
-    def test_json(self, tmp_path, capsys):
+    def test_json(self, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr(demo, "SAMPLING_STEPS", 2)
         code = main(["demo", "--adapter", "lora", "--steps", "6", "--out", str(tmp_path), "--json"])
         report = json.loads(capsys.readouterr().out)
         assert code == 0

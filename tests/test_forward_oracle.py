@@ -333,14 +333,13 @@ def test_half_base_keeps_float32_factors_and_small_updates(algorithm):
     assert {p.dtype for p in adapted.adapters["default"].parameters()} == {torch.float32}
     if algorithm in ("lora-dora", "miss-bat", "shira"):
         return  # these run one operation with the effective weight, rounded as merging rounds it
-    randomize(model, std=0.02)
+    randomize(model, std=0.2 if algorithm in ("lokr", "loha") else 0.02)
     with torch.no_grad():
         adapted.base_layer.bias.zero_()
     x = make_input(adapted.base_layer, large=True)
     base = adapted.base_layer(x).double()
     change = model(x).detach().double() - base
     exact = reference(adapted, config, x) - oracles.apply(adapted.base_layer, x)
-    if exact.abs().max() < 1e-3 * base.abs().max():
-        pytest.skip("update too small to show after rounding the output")
+    assert exact.abs().max() > 1e-3 * base.abs().max()
     cosine = torch.cosine_similarity(change.flatten(), exact.flatten(), dim=0)
     assert cosine > 0.5

@@ -11,10 +11,14 @@ from cases import (
     PADDED_LAYERS,
     PLAIN_LAYERS,
     SHAPED_LAYERS,
+    adapt,
+    build,
+    dense_gradients,
     make_input,
     pairs,
     randomize,
     relative_error,
+    trainable,
 )
 from torch import nn
 from torch.func import functional_call

@@ -10,7 +10,7 @@ from cases import randomize, relative_error
 from modelcases import CONFIGS, STRONG, adapted_layers, bits, same_bits, three_adapters, wrapped
 from smallmodels import clip, output_of, tokens
 
-from lycoris_diff import AdapterError, get_peft_model
+from lycoris_diff import AdapterError, AdapterModel, get_peft_model
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -169,3 +169,84 @@ def test_weighted_sum_is_exact_across_algorithms_and_ranks():
         model.add_weighted_adapter(["n0", "zzz"], [1.0, 2.0], "wrong")
     with pytest.raises(AdapterError):
         model.add_weighted_adapter(["n0", "n1"], [1.0, 2.0], "n0")
+
+
+def test_switching_while_merged_never_mixes():
+    """a adapts q_proj and fc1, b fc1 and fc2: with a merged and b chosen, the model is a, or b, or the call is refused."""
+    model, x = three_adapters(), tokens()
+    expected = {}
+    for name in ("a", "b"):
+        model.set_adapter(name)
+        expected[name] = output_of(model, x)
+    model.set_adapter("a")
+    model.merge_adapter()
+    try:
+        model.set_adapter("b")
+    except AdapterError:
+        assert relative_error(output_of(model, x), expected["a"]) < 1e-4
+        return
+    now = output_of(model, x)
+    assert min(relative_error(now, y) for y in expected.values()) < 1e-4
+    model.unmerge_adapter()
+    assert torch.equal(output_of(model, x), expected["b"])
+
+
+def test_disabling_nests_and_survives_errors():
+    model, x = wrapped("lokr"), tokens()
+    plain, changed = output_of(clip(), x), output_of(model, x)
+    with model.disable_adapter():
+        with model.disable_adapter():
+            assert torch.equal(output_of(model, x), plain)
+        assert torch.equal(output_of(model, x), plain)
+    assert torch.equal(output_of(model, x), changed)
+    with pytest.raises(KeyError), model.disable_adapter():
+        raise KeyError
+    assert torch.equal(output_of(model, x), changed)
+
+
+def test_half_precision_inference_keeps_the_file_and_merges_from_it(tmp_path):
+    """Factors of a float32 file compute in the base's bf16, yet merging and saving use the values as stored."""
+    from safetensors.torch import load_file
+
+    model = wrapped("lokr", target_modules=["q_proj"])
+    model.save_pretrained(tmp_path / "first")
+    loaded = AdapterModel.from_pretrained(clip().bfloat16(), tmp_path / "first")
+    assert {p.dtype for n, p in loaded.named_parameters() if "lokr_" in n} == {torch.bfloat16}
+    loaded.save_pretrained(tmp_path / "second")
+    first, second = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("first", "second"))
+    assert all(torch.equal(first[k], second[k]) and first[k].dtype == second[k].dtype for k in first)
+    exact = adapted_layers(model)
+    weights = bits(loaded)
+    loaded.merge_adapter()
+    for name, layer in adapted_layers(loaded).items():
+        expected = (weights[name].float() + exact[name].get_delta_weight("default")).bfloat16()
+        assert torch.equal(layer.base_layer.weight, expected)
+
+
+def test_casting_while_merged():
+    """The snapshot follows the model to another dtype."""
+    model = wrapped("lokr", target_modules=["q_proj"])
+    original = bits(model)
+    model.merge_adapter()
+    model.half()
+    model.unmerge_adapter()
+    now = bits(model)
+    assert all(now[n].dtype == torch.float16 and torch.equal(now[n], original[n].half()) for n in now)
+
+
+def test_loading_weights_while_merged():
+    """A state dict of the unmerged model, loaded into the merged one, is not overwritten by unmerging."""
+    model, x = wrapped("lokr", target_modules=["q_proj"]), tokens()
+    expected = output_of(model, x)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    model.merge_adapter()
+    model.load_state_dict(state)
+    model.unmerge_adapter()
+    assert relative_error(output_of(model, x), expected) < 1e-5
+
+
+def test_a_model_survives_pickling(tmp_path):
+    model, x = three_adapters(), tokens()
+    torch.save(model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(output_of(again, x), output_of(model, x))

@@ -118,12 +118,10 @@ class TestRun:
         state = torch.random.get_rng_state()
         config.adapters["unet"].lora_dropout = 0.1
         first = train_dreambooth(build_pipeline(0), config)
+        assert torch.equal(state, torch.random.get_rng_state())
         torch.random.manual_seed(99)
         again = train_dreambooth(build_pipeline(0), config)
         other = train_dreambooth(build_pipeline(0), dataclasses.replace(config, seed=1))
-        torch.random.set_rng_state(state)
-        train_dreambooth(build_pipeline(0), config)
-        assert torch.equal(state, torch.random.get_rng_state())
         assert again.losses == first.losses != other.losses
         assert (again.held_out_before, again.held_out_after) == (first.held_out_before, first.held_out_after)
 
@@ -311,7 +309,9 @@ class TestData:
         Image.new("L", (30, 60), 0).save(tmp_path / "3.PNG")
         images = read_images(tmp_path, 16)
         assert images.shape == (3, 3, 16, 16) and images.dtype == torch.float32
-        assert images[0].min() == 1 and images[1].min() == 1 and images[2].max() == -1
+        assert images[0].min() > 0.9  # the black sides are cut off
+        assert images[1].min() == 1  # transparent is white
+        assert images[2].max() == -1
 
     def test_turned_picture(self, tmp_path):
         picture = Image.new("RGB", (16, 16), "black")

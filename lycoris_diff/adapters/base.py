@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterError, CheckpointError, ConfigError
-from ..execution.engine import Term
 from ..execution.geometry import Geometry
 from ..execution.steps import Factors, Program
 from ..functional import dora
@@ -219,10 +218,6 @@ class Adapter(nn.Module):
             adapted = dora.decompose(self.add_delta(base, f), f[self.magnitude_name].to(base.dtype), axis)
             return total + strength * (adapted - base)
         return total + strength * self.change(base, f).to(base.dtype)
-
-    def term(self, f: Factors, program: Program | None) -> Term:
-        """This adapter's part in a call."""
-        return Term(tuple(f), self.add_change, program)
 
     def init_magnitude(self, base: Tensor) -> None:
         """DoRA's start: the norm of the adapted weight, so that a new adapter changes nothing."""

@@ -164,9 +164,11 @@ class Shira(Adapter):
         geo, values = self.geometry, f["shira_weight"]
         if geo.kernel or torch.compiler.is_compiling():
             return None
-        # four multiply-adds' worth of time each: sparse kernels do not reach the dense ones' rate
+        # measured: an entry costs a sparse kernel about eight multiply-adds, twelve in the sampled gradient, and every
+        # transposed copy and addition several passes, which `width` stands for
         last = Sparse(lambda f: f["shira_weight"] * f["scale"], self._pattern())
-        return Program(None, last, cost=4 * values.numel(), width=geo.inp, eager_only=True)
+        count, width = values.numel(), (5 * geo.inp + 3 * geo.out) // 2
+        return Program(None, last, cost=8 * count, width=width, sampled_cost=12 * count, eager_only=True)
 
     def _pattern(self) -> Pattern:
         """Sorted positions, kept until the indices change."""

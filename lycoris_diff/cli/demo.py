@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -46,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the demo; return 0 if the held-out loss fell, else 1."""
     errors = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with quiet_libraries(), Progress(*columns, TextColumn("{task.fields[loss]}"), console=errors) as progress:
+    with quiet_libraries(), one_thread(), Progress(*columns, TextColumn("{task.fields[loss]}"), console=errors) as progress:
         from ..tiny.demo import run_demo
 
         task = progress.add_task(f"training {args.adapter}", total=args.steps, loss="")
@@ -65,6 +67,19 @@ def run(args: argparse.Namespace) -> int:
         return 0
     errors.print("The held-out loss did not fall; try more --steps.", style="bold red")
     return 1
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch compute on one thread: the tiny model's layers gain little from more, and lose much on a busy machine."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _print_report(report: DemoReport) -> None:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from math import prod
 
 PASS = 16
+#: a transposed copy costs as much as eight plain passes
+TRANSPOSE = 8 * PASS
 
 
 @dataclass(frozen=True)
@@ -20,11 +22,13 @@ class Choice:
         mode: "beside" (factored, added to the host's output) or "instead" (one operation with the changed weight).
         beside: cost of the factored form, in multiply-adds; None when there is none.
         instead: cost of the changed weight beyond the host's own operation, in multiply-adds.
+        sampled: with "instead", read the weight's gradient at single entries rather than all of it.
     """
 
     mode: str
     beside: int | None
     instead: int
+    sampled: bool = False
 
     def __str__(self) -> str:
         beside = "none" if self.beside is None else f"{self.beside / 1e6:.1f}M"
@@ -39,6 +43,7 @@ def choose(
     program_width: int = 0,
     build_cost: int = 0,
     build_passes: int = 3,
+    sampled_cost: int | None = None,
 ) -> Choice:
     """Pick the cheaper way.
 
@@ -50,14 +55,20 @@ def choose(
         program_width: channels of its largest intermediate result.
         build_cost: multiply-adds of building the change of the weight.
         build_passes: passes over a tensor of the weight's size while building it.
+        sampled_cost: multiply-adds per token of the weight's gradient at the entries that matter; None when all matter.
     """
     size, out, inp = prod(shape), shape[0], shape[1]
     # forward, and in training once more for the recomputation and twice for its derivatives
     runs = 4 if training else 1
     # forward: read the input, read and write the output; backward: twice the input, twice its gradient, twice the output's
     passes = (5 * inp + 4 * out) if training else (inp + 2 * out)
-    instead = (build_cost + PASS * build_passes * size) * (4 if training else 1) + (tokens * size if training else 0)
+    build = build_cost + PASS * build_passes * size
+    instead, sampled = 4 * build + tokens * size if training else build, False
+    if training and sampled_cost is not None:
+        # built once forward and once backward; the gradient needs both sides transposed
+        at_entries = 2 * build + tokens * (sampled_cost + TRANSPOSE * (inp + out))
+        instead, sampled = min((instead, False), (at_entries, True))
     if program_cost is None:
-        return Choice("instead", None, instead)
+        return Choice("instead", None, instead, sampled)
     beside = tokens * (runs * program_cost + PASS * (passes + 2 * runs * program_width))
-    return Choice("beside" if beside <= instead else "instead", beside, instead)
+    return Choice("beside", beside, instead) if beside <= instead else Choice("instead", beside, instead, sampled)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .geometry import Geometry
-from .steps import Factors, Program
+from .steps import Factors, Program, Step, add_gradients, sampled_gradients
 
 AddChange = Callable[[Tensor, Tensor, Factors], Tensor]
 
@@ -28,11 +28,13 @@ class Term:
         names: names of the factors, in the order in which their tensors are passed.
         add_change: ``(total, base, factors) -> total + change``, all ``(out, in, *k)``.
         program: the factored form; None runs the change of the weight instead.
+        sampled: step that reads the weight's gradient at single entries; None needs all of it.
     """
 
     names: tuple[str, ...]
     add_change: AddChange
     program: Program | None = None
+    sampled: Step | None = None
 
 
 @dataclass(frozen=True)
@@ -175,14 +177,17 @@ def _backward(call: Call, x, weight, tensors, needs, grad):
         beside = call.beside(held)
     leaves = [held[i] for i in wanted]
     total: list[Tensor | None] = [None] * len(leaves)
-    g_x, g_w = geo.gradients(grad, x, effective.detach(), needs[0], bool(leaves) and effective.requires_grad)
+    sampled = [(t.sampled, f) for t, f in call.split(held) if t.sampled is not None]
+    whole = effective.requires_grad and len(sampled) < sum(t.program is None for t in call.terms)
+    g_x, g_w = geo.gradients(grad, x, effective.detach(), needs[0], whole)
+    for step, f in [] if whole or not leaves else sampled:
+        total = add_gradients(total, sampled_gradients(step, geo, x, cast(f, call.dtype), leaves, grad))
     if g_w is not None:
         total = list(torch.autograd.grad(effective, leaves, g_w, allow_unused=True, retain_graph=True))
     if g_x is not None and not g_x.is_contiguous():
         g_x = g_x.contiguous()
     for program, f in beside:
-        more = program.backward(geo, x, f, leaves, grad, g_x)
-        total = [a if b is None else b if a is None else a + b for a, b in zip(total, more)]
+        total = add_gradients(total, program.backward(geo, x, f, leaves, grad, g_x))
     by_index = dict(zip(wanted, total))
     return g_x, [by_index.get(i) for i in range(len(tensors))]
 

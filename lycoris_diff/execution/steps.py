@@ -220,10 +220,10 @@ class Sparse(Step):
     pattern: Pattern | None = None
 
     def add_(self, geo: Geometry, y: Tensor, x: Tensor, w: Any) -> None:
-        y.add_((self.pattern.matrix(_wide(w)) @ _wide(x).T.contiguous()).T)  # type: ignore[union-attr]
+        y.add_((self.pattern.matrix(_wide(w)) @ _wide(x).T.contiguous()).T.contiguous())  # type: ignore[union-attr]
 
     def add_adjoint_(self, geo: Geometry, gx: Tensor, x: Tensor, w: Any, grad: Tensor) -> None:
-        gx.add_((self.pattern.transposed(_wide(w)) @ _wide(grad).T.contiguous()).T)  # type: ignore[union-attr]
+        gx.add_((self.pattern.transposed(_wide(w)) @ _wide(grad).T.contiguous()).T.contiguous())  # type: ignore[union-attr]
 
     def weight_grad(self, geo: Geometry, x: Tensor, w: Any, grad: Tensor) -> Tensor:
         pattern = self.pattern
@@ -243,6 +243,7 @@ class Program:
         mid: anything differentiable in between, ``(geometry, z, factors) -> h``; None for nothing.
         cost: multiply-adds of one evaluation, per token (for the cost model).
         width: channels of the largest intermediate result, per token.
+        sampled_cost: multiply-adds per token of the last step's weight gradient, for programs that are one sparse step.
         eager_only: the steps run in place only; `run` does not exist (compiled and transformed code changes the weight).
     """
 
@@ -251,6 +252,7 @@ class Program:
     mid: Callable[[Geometry, Tensor, Factors], Tensor] | None = None
     cost: int = 0
     width: int = 0
+    sampled_cost: int | None = None
     eager_only: bool = False
 
     def run(self, geo: Geometry, x: Tensor, f: Factors) -> Tensor:
@@ -296,29 +298,35 @@ class Program:
         total: list[Tensor | None] = [None] * len(leaves)
         gz = None
         if wl is not None and wl.requires_grad:
-            total = _add(total, _pull(wl, leaves, self.last.weight_grad(geo, hd, wld, grad)))
+            total = add_gradients(total, _pull(wl, leaves, self.last.weight_grad(geo, hd, wld, grad)))
         if needs_first or (self.mid is not None and h.requires_grad):
             gz = self.last.adjoint(geo, hd, wld, grad)
             if self.mid is not None:
                 gz, *rest = torch.autograd.grad(h, [z, *leaves], gz, allow_unused=True, retain_graph=True)
-                total = _add(total, rest)
+                total = add_gradients(total, rest)
         if gz is not None and needs_first:
             zx = x
             if gx is not None:
                 self.first.add_adjoint_(geo, gx, zx, wfd, gz)
             if wf is not None and wf.requires_grad:
-                total = _add(total, _pull(wf, leaves, self.first.weight_grad(geo, zx, wfd, gz)))
+                total = add_gradients(total, _pull(wf, leaves, self.first.weight_grad(geo, zx, wfd, gz)))
         return total
 
     def _single_backward(self, geo: Geometry, x: Tensor, f: Factors, leaves: list[Tensor], grad: Tensor, gx: Tensor | None):
-        with torch.enable_grad():
-            weight = _built(self.last, f)
-        assert weight is not None
         if gx is not None:
-            self.last.add_adjoint_(geo, gx, x, weight.detach(), grad)
-        if not weight.requires_grad:
-            return [None] * len(leaves)
-        return _pull(weight, leaves, self.last.weight_grad(geo, x, weight.detach(), grad))
+            self.last.add_adjoint_(geo, gx, x, _detached(_built(self.last, f)), grad)
+        return sampled_gradients(self.last, geo, x, f, leaves, grad)
+
+
+def sampled_gradients(
+    step: Step, geo: Geometry, x: Tensor, f: Factors, leaves: list[Tensor], grad: Tensor
+) -> list[Tensor | None]:
+    """Gradients of the leaves behind one step's weight."""
+    with torch.enable_grad():
+        weight = _built(step, f)
+    if weight is None or not weight.requires_grad:
+        return [None] * len(leaves)
+    return _pull(weight, leaves, step.weight_grad(geo, x, weight.detach(), grad))
 
 
 def _built(step: Step, f: Factors) -> Tensor | None:
@@ -333,5 +341,6 @@ def _pull(weight: Tensor, leaves: list[Tensor], grad: Tensor) -> list[Tensor | N
     return list(torch.autograd.grad(weight, leaves, grad, allow_unused=True, retain_graph=True))
 
 
-def _add(total: Sequence[Tensor | None], more: Sequence[Tensor | None]) -> list[Tensor | None]:
+def add_gradients(total: Sequence[Tensor | None], more: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Sums, None standing for nothing."""
     return [a if b is None else b if a is None else a + b for a, b in zip(total, more)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,13 +13,28 @@ from torch import Tensor, nn
 from ..adapters.base import Adapter
 from ..errors import AdapterError
 from ..execution.costs import Choice, choose
-from ..execution.engine import Call, adapted, cast, changed_weight
+from ..execution.engine import Call, Term, adapted, cast, changed_weight
 from ..execution.geometry import Geometry, is_transformers_conv1d
 from ..execution.recompute import recompute
-from ..execution.steps import Program
+from ..execution.steps import Program, Step
 from .snapshot import Snapshot
 
-Active = list[tuple[Adapter, dict[str, Tensor], Program | None]]
+
+class Running(NamedTuple):
+    """An active adapter in one call: its factors, and how it runs."""
+
+    adapter: Adapter
+    f: dict[str, Tensor]
+    program: Program | None
+    sampled: Step | None
+
+    def term(self, keep_program: bool) -> Term:
+        """This adapter's part in the fused operation; what depends on the weight changes it unless its rows are scaled."""
+        program = self.program if keep_program or not self.adapter.depends_on_weight else None
+        return Term(tuple(self.f), self.adapter.add_change, program, self.sampled if program is None else None)
+
+
+Active = list[Running]
 
 
 class AdaptedLayer(nn.Module):
@@ -151,9 +166,8 @@ class AdaptedLayer(nn.Module):
             weight = geo.canonical(base.weight)
             active = self._prepare(names, inner)
             row = self._row_factor(active, weight)
-            beside = row is not None
-            terms = tuple(a.term(f, p if beside or not a.depends_on_weight else None) for a, f, p in active)
-            tensors = [t for _, f, _ in active for t in f.values()]
+            terms = tuple(member.term(keep_program=row is not None) for member in active)
+            tensors = [t for member in active for t in member.f.values()]
             y = adapted(Call(geo, terms, dtype), inner, weight, base.bias, row, tensors)
             return geo.leave(y, lead)
 
@@ -162,8 +176,8 @@ class AdaptedLayer(nn.Module):
         geo = self.geometry
         dtype = compute_dtype(x)
         inner, lead = geo.enter(x.to(dtype))
-        active = self._prepare(names, inner)
-        active = [(a, f, None if p is not None and (p.eager_only or a.depends_on_weight) else p) for a, f, p in active]
+        running = self._prepare(names, inner)
+        active = [(a, f, None if p is not None and (p.eager_only or a.depends_on_weight) else p) for a, f, p, _ in running]
         dense = [(a, f) for a, f, p in active if p is None and not (self.training and _masked(a))]
         if dense and self._transparent():
             base: Any = self.base_layer
@@ -203,7 +217,8 @@ class AdaptedLayer(nn.Module):
                 keep = (torch.rand((), device=x.device) >= _module_dropout(adapter)).to(f["scale"].dtype)
                 f["scale"], f["strength"] = f["scale"] * keep, f["strength"] * keep
             choice, program = self._choose(adapter, f, x)
-            active.append((adapter, f, program if choice.mode == "beside" else None))
+            runs = program if choice.mode == "beside" else None
+            active.append(Running(adapter, f, runs, program.last if program is not None and choice.sampled else None))
         return active
 
     def _choose(self, adapter: Adapter, f: dict[str, Tensor], x: Tensor) -> tuple[Choice, Program | None]:
@@ -212,13 +227,15 @@ class AdaptedLayer(nn.Module):
             return Choice("beside", program.cost, 0), program
         training = torch.is_grad_enabled() and any(t.requires_grad for t in f.values())
         cost, width = (None, 0) if program is None else (program.cost, program.width)
-        return choose(self.geometry.shape, self.geometry.tokens(x), training, cost, width), program
+        sampled = None if program is None else program.sampled_cost
+        tokens = self.geometry.tokens(x)
+        return choose(self.geometry.shape, tokens, training, cost, width, sampled_cost=sampled), program
 
     def _row_factor(self, active: Active, weight: Tensor) -> Tensor | None:
         """DoRA on the output axis, alone and at full strength, is a factor on every output row."""
         if len(active) != 1:
             return None
-        adapter, f, program = active[0]
+        adapter, f, program, _ = active[0]
         lone = adapter.decomposed and program is not None and adapter.get_strength() == 1.0
         if not lone or adapter.config.dora_axis != "out":  # type: ignore[attr-defined]
             return None

@@ -20,6 +20,7 @@ from .subject import draw_subject_images
 
 PROMPT = "a picture of a sks creature"
 PICTURES = 5
+SAMPLING_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -110,12 +111,11 @@ def run_demo(
     return DemoReport(adapter, recipe.title, PROMPT, report, files)
 
 
-def generate(pipe: StableDiffusionPipeline, seed: int, count: int = PICTURES, steps: int = 20) -> list[Image.Image]:
-    """Make `count` pictures of `PROMPT`; the same `seed` starts from the same noise.
+def generate(pipe: StableDiffusionPipeline, seed: int) -> list[Image.Image]:
+    """Make `PICTURES` pictures of `PROMPT`; the same `seed` starts from the same noise.
 
     The pipeline's progress bar is switched off.
     """
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
-    result = pipe(PROMPT, num_inference_steps=steps, num_images_per_prompt=count, generator=generator)
-    return result.images
+    return pipe(PROMPT, num_inference_steps=SAMPLING_STEPS, num_images_per_prompt=PICTURES, generator=generator).images

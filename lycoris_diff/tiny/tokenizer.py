@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 from itertools import pairwise
 
 from transformers import CLIPTokenizer
@@ -38,7 +39,7 @@ def build_tokenizer(words: Iterable[str] = WORDS, max_length: int = 77) -> CLIPT
     Padding uses `<|endoftext|>`, as in Stable Diffusion 1.x; prompts are cut or padded to `max_length` tokens.
     """
     alphabet = byte_alphabet()
-    merges = learn_merges(words)
+    merges: Any = learn_merges(words)  # pairs; the annotation of transformers says text
     symbols = [*alphabet, *(byte + WORD_END for byte in alphabet), *map("".join, merges), BOS_TOKEN, EOS_TOKEN]
     vocab = {symbol: index for index, symbol in enumerate(symbols)}
     return CLIPTokenizer(
