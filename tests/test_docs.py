@@ -60,7 +60,7 @@ def imported(path: Path) -> set[str]:
                 module = [*base, *(node.module.split(".") if node.module else [])]
                 found |= {module[0]} if module else {alias.name for alias in node.names}
             elif node.module and node.module.split(".")[0] == "lycoris_diff":
-                found.add((node.module.split(".") + ["__init__"])[1])
+                found.add([*node.module.split("."), "__init__"][1])
     return found
 
 

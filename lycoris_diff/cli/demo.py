@@ -38,7 +38,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--out", default="demo-output", metavar="DIR", help="where everything is written (default: %(default)s)"
     )
-    parser.add_argument("--steps", type=positive_int, default=200, metavar="N", help="training steps (default: %(default)s)")
+    parser.add_argument("--steps", type=positive_int, default=120, metavar="N", help="training steps (default: %(default)s)")
     parser.add_argument("--seed", type=seed_int, default=0, metavar="N", help="seed (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the report as JSON instead of a table")
     parser.set_defaults(run=run)

@@ -294,22 +294,25 @@ class Program:
                 z = z.requires_grad_()
                 h = self.mid(geo, z, f)
         hd, wld, wfd = h.detach(), _detached(wl), _detached(wf)
-        needs_first = gx is not None or (wf is not None and wf.requires_grad)
+        train_first, train_last = wf is not None and wf.requires_grad, wl is not None and wl.requires_grad
+        # what autograd has to pull back to the leaves, in as few calls as there can be
+        pulled: list[Tensor] = [wl] if train_last else []
+        grads: list[Tensor] = [self.last.weight_grad(geo, hd, wld, grad)] if train_last else []
         total: list[Tensor | None] = [None] * len(leaves)
-        gz = None
-        if wl is not None and wl.requires_grad:
-            total = add_gradients(total, _pull(wl, leaves, self.last.weight_grad(geo, hd, wld, grad)))
-        if needs_first or (self.mid is not None and h.requires_grad):
+        if gx is not None or train_first or h.requires_grad:
             gz = self.last.adjoint(geo, hd, wld, grad)
             if self.mid is not None:
-                gz, *rest = torch.autograd.grad(h, [z, *leaves], gz, allow_unused=True, retain_graph=True)
-                total = add_gradients(total, rest)
-        if gz is not None and needs_first:
-            zx = x
+                gz, *total = torch.autograd.grad(
+                    [h, *pulled], [z, *leaves], [gz, *grads], allow_unused=True, retain_graph=train_first
+                )
+                pulled, grads = [], []
             if gx is not None:
-                self.first.add_adjoint_(geo, gx, zx, wfd, gz)
-            if wf is not None and wf.requires_grad:
-                total = add_gradients(total, _pull(wf, leaves, self.first.weight_grad(geo, zx, wfd, gz)))
+                self.first.add_adjoint_(geo, gx, x, wfd, gz)
+            if train_first:
+                pulled.append(wf)
+                grads.append(self.first.weight_grad(geo, x, wfd, gz))
+        if pulled:
+            total = add_gradients(total, torch.autograd.grad(pulled, leaves, grads, allow_unused=True))
         return total
 
     def _single_backward(self, geo: Geometry, x: Tensor, f: Factors, leaves: list[Tensor], grad: Tensor, gx: Tensor | None):
@@ -326,7 +329,7 @@ def sampled_gradients(
         weight = _built(step, f)
     if weight is None or not weight.requires_grad:
         return [None] * len(leaves)
-    return _pull(weight, leaves, step.weight_grad(geo, x, weight.detach(), grad))
+    return list(torch.autograd.grad(weight, leaves, step.weight_grad(geo, x, weight.detach(), grad), allow_unused=True))
 
 
 def _built(step: Step, f: Factors) -> Tensor | None:
@@ -335,10 +338,6 @@ def _built(step: Step, f: Factors) -> Tensor | None:
 
 def _detached(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.detach()
-
-
-def _pull(weight: Tensor, leaves: list[Tensor], grad: Tensor) -> list[Tensor | None]:
-    return list(torch.autograd.grad(weight, leaves, grad, allow_unused=True, retain_graph=True))
 
 
 def add_gradients(total: Sequence[Tensor | None], more: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -56,7 +56,7 @@ class DemoReport:
 def run_demo(
     adapter: str,
     directory: str | PathLike[str],
-    steps: int = 200,
+    steps: int = 120,
     seed: int = 0,
     on_step: Callable[[TrainStep], None] | None = None,
 ) -> DemoReport:

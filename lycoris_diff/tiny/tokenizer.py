@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
 from itertools import pairwise
+from typing import Any
 
 from transformers import CLIPTokenizer
 
