@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from .adapters.base import Adapter, Site, adapter_class
@@ -133,8 +134,9 @@ def build_adapter(target: Target, config: AdapterConfig, name: str, low_cpu_mem_
         adapter.reset(Site(target.path, name, target.layer))
         adapter.to(device=_device(target.layer))
         if adapter.decomposed:
-            weight: Any = target.layer.weight
-            adapter.init_magnitude(target.geometry.canonical(weight.detach()))
+            with align_module_device(target.layer):
+                weight: Any = target.layer.weight
+                adapter.init_magnitude(target.geometry.canonical(weight.detach()))
     return adapter
 
 
@@ -317,6 +319,9 @@ def replace_modules(model: nn.Module, swaps: Mapping[nn.Module, nn.Module]) -> N
 
 def _device(layer: nn.Module) -> torch.device:
     parameter = next(iter([*layer.parameters(recurse=False), *layer.buffers(recurse=False)]), None)
+    hook = getattr(layer, "_hf_hook", None)
+    if parameter is not None and parameter.is_meta and getattr(hook, "execution_device", None) is not None:
+        return torch.device(hook.execution_device)  # type: ignore[union-attr]
     return torch.device("cpu") if parameter is None else parameter.device
 
 

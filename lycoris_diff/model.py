@@ -8,6 +8,7 @@ import inspect
 import math
 import os
 import types
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -167,12 +168,17 @@ class AdapterModel(nn.Module):
         return report
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make one adapter, or several at once, active; the others are frozen and off.
+        """Make one adapter, or several at once, active; the others are frozen and off. Merged ones are unmerged first.
 
         Raises:
             AdapterError: an unknown name.
         """
-        set_active(self.model, [adapter_name] if isinstance(adapter_name, str) else list(adapter_name), inference_mode)
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        self._known(names)
+        if self.merged_adapters:
+            warnings.warn(f"{self.merged_adapters} are merged; they are taken out before the active set changes", stacklevel=2)
+            self.unmerge_adapter()
+        set_active(self.model, names, inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; layers without adapters become the base layers again.
@@ -201,6 +207,9 @@ class AdapterModel(nn.Module):
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Inside, the model is exactly the base model; merged adapters are taken out and merged again afterwards."""
+        if not any(layer.enabled for _, layer in adapted_layers(self.model)):
+            yield  # already off: leaving does not turn them on
+            return
         self.disable_adapter_layers()
         try:
             yield
@@ -232,7 +241,7 @@ class AdapterModel(nn.Module):
     def merge_adapter(self, adapter_names: Sequence[str] | str | None = None, safe_merge: bool = False) -> None:
         """Write adapters (default: the active ones) into the base weights, keeping the originals in host memory.
 
-        Merged adapters stay in the weights until `unmerge_adapter`, whatever `set_adapter` says meanwhile.
+        They stay in the weights until `unmerge_adapter` or `set_adapter`.
 
         Args:
             adapter_names: which; those that are merged already stay.
@@ -292,6 +301,10 @@ class AdapterModel(nn.Module):
         layers = [(p, m) for p, m in adapted_layers(self.model) if any(n in m.adapters for n in names)]
         owners = Counter(p for m in self.model.modules() for p in m._parameters.values() if p is not None)
         for path, layer in layers:
+            held = layer.base_layer._parameters.get("weight")
+            if held is None or held.is_meta:
+                state = "is computed by a parametrization" if held is None else "is offloaded"
+                raise AdapterError(f"the weight of {path!r} {state}; it cannot be merged into")
             if layer.has_plain_weight and owners[layer.base_layer.get_parameter("weight")] > 1:
                 raise AdapterError(
                     f"{path!r} shares its weight with another module (tied weights); merging would change both. "

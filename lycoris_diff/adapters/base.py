@@ -6,11 +6,13 @@ there is one, how to apply the change without building it. A new algorithm is a 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from ..errors import AdapterError, CheckpointError, ConfigError
@@ -158,8 +160,14 @@ class Adapter(nn.Module):
             owner.register_buffer(leaf, value)
 
     def factors(self) -> dict[str, Tensor]:
-        """Live factors by the names of the file's tensors."""
-        return {name: self.get_tensor(name) for name in self.factor_shapes}
+        """Live factors by the names of the file's tensors; offloaded ones are brought to their device."""
+        live = {name: self.get_tensor(name) for name in self.factor_shapes}
+        if not any(t.is_meta for t in live.values()):
+            return live
+        with contextlib.ExitStack() as stack:
+            for module in self.modules():
+                stack.enter_context(align_module_device(module))
+            return {name: self.get_tensor(name) for name in self.factor_shapes}
 
     def get_tensor(self, name: str) -> Tensor:
         """One factor by its file name."""

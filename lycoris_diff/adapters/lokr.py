@@ -81,6 +81,9 @@ class LoKr(Adapter):
     @classmethod
     def fits(cls, geometry: Geometry, config: LoKrConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
         (a, c), (b, d, *kernel) = _halves_shapes(geometry, shapes)
+        for name in ("lokr_w1_b", "lokr_w2_b"):
+            if name in shapes and shapes[name][0] != config.r:
+                raise CheckpointError(f"{name!r} has rank {shapes[name][0]}, the config says r={config.r}")
         if a * b != geometry.out or c * d != geometry.inp or tuple(kernel) != geometry.kernel:
             raise CheckpointError(
                 f"the Kronecker product of ({a}, {c}) and {(b, d, *kernel)} has shape {(a * b, c * d, *kernel)}, "

@@ -296,19 +296,20 @@ class Program:
         hd, wld, wfd = h.detach(), _detached(wl), _detached(wf)
         train_first, train_last = wf is not None and wf.requires_grad, wl is not None and wl.requires_grad
         # what autograd has to pull back to the leaves, in as few calls as there can be
-        pulled: list[Tensor] = [wl] if train_last else []
+        pulled = [wl] if wl is not None and train_last else []
         grads: list[Tensor] = [self.last.weight_grad(geo, hd, wld, grad)] if train_last else []
         total: list[Tensor | None] = [None] * len(leaves)
         if gx is not None or train_first or h.requires_grad:
             gz = self.last.adjoint(geo, hd, wld, grad)
             if self.mid is not None:
-                gz, *total = torch.autograd.grad(
+                back = torch.autograd.grad(
                     [h, *pulled], [z, *leaves], [gz, *grads], allow_unused=True, retain_graph=train_first
                 )
+                gz, total = back[0], list(back[1:])
                 pulled, grads = [], []
             if gx is not None:
                 self.first.add_adjoint_(geo, gx, x, wfd, gz)
-            if train_first:
+            if wf is not None and wf.requires_grad:
                 pulled.append(wf)
                 grads.append(self.first.weight_grad(geo, x, wfd, gz))
         if pulled:

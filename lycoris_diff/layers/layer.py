@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from ..adapters.base import Adapter
@@ -122,6 +123,9 @@ class AdaptedLayer(nn.Module):
                 f"{type(self.base_layer).__name__} does not hold its weight as a plain tensor (found "
                 f"{type(weight).__name__} {getattr(weight, 'dtype', None)}); adapters that need it, and merging, are refused"
             )
+        if weight.is_meta:
+            with align_module_device(self.base_layer):  # offloaded: the hook brings it for as long as it is needed
+                weight = self.base_layer.weight
         if self.snapshot is not None:
             weight = self.snapshot.tensors["weight"].to(weight.device)
         return self.geometry.canonical(weight)
@@ -131,13 +135,16 @@ class AdaptedLayer(nn.Module):
         """The base layer's output with the active adapters."""
         names = [n for n in self.active if n not in self.merged] if self.enabled else []
         if not torch.compiler.is_compiling():
-            # in eager mode a zero strength is not run at all: exactly the base, whatever the factors hold
-            names = [n for n in names if self.adapter(n).get_strength() != 0.0]
+            # a zero strength is not run at all unless it trains: exactly the base, whatever the factors hold
+            names = [n for n in names if self.adapter(n).get_strength() != 0.0 or self._trains(n)]
         if not names:
             return self.base_layer(x, *args, **kwargs)
         if self._fusable(names, x):
             return self._fused(names, x)
         return self._separate(names, x, *args, **kwargs)
+
+    def _trains(self, name: str) -> bool:
+        return torch.is_grad_enabled() and any(p.requires_grad for p in self.adapter(name).parameters())
 
     def _transparent(self) -> bool:
         """Whether the base layer is a plain known class that nothing else watches, so that its weight may be used directly."""
@@ -216,6 +223,8 @@ class AdaptedLayer(nn.Module):
             if self.training and _module_dropout(adapter):
                 keep = (torch.rand((), device=x.device) >= _module_dropout(adapter)).to(f["scale"].dtype)
                 f["scale"], f["strength"] = f["scale"] * keep, f["strength"] * keep
+            if any(t.is_meta for t in f.values()) and not x.is_meta:
+                raise AdapterError("an active adapter's factors are on the meta device; load a file into it first")
             choice, program = self._choose(adapter, f, x)
             runs = program if choice.mode == "beside" else None
             active.append(Running(adapter, f, runs, program.last if program is not None and choice.sampled else None))
