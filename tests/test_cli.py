@@ -95,7 +95,8 @@ class TestExitCodes:
         assert main(["demo", "--out", str(tmp_path / "file"), "--json"]) == 1
         output = capsys.readouterr()
         assert output.out == ""
-        assert "lycoris-diff demo: error:" in output.err and "Traceback" not in output.err
+        lines = [line for line in output.err.splitlines() if line.strip()]
+        assert len(lines) == 1 and lines[0].startswith("lycoris-diff demo: error:")
 
     @pytest.mark.parametrize(
         ("error", "code", "text"),

@@ -7,6 +7,7 @@ host's fresh input gradient, so that no temporary of the size of an activation i
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -121,7 +122,9 @@ def adapted(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, row: Ten
         row: optional factor for every output channel, applied before the bias (DoRA).
         tensors: factors of all terms, in order.
     """
-    out: Tensor = _Adapted.apply(x, weight, bias, row, call, *tensors)[0]
+    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, row, *tensors))
+    run = _Adapted.apply if recorded else _Adapted.forward
+    out: Tensor = run(x, weight, bias, row, call, *tensors)[0]
     return out
 
 
@@ -165,6 +168,10 @@ class _Adapted(torch.autograd.Function):
             grad = grad * channel_view(row, grad)
         g_x, g_tensors = _backward(ctx.call, x, weight, tensors, needs, grad)
         return (g_x, None, g_bias, g_row, None, *g_tensors)
+
+
+# torch binds the arguments of every call to the signature: let it read the signature instead of making it anew
+_Adapted.forward.__signature__ = inspect.signature(_Adapted.forward)  # type: ignore[attr-defined]
 
 
 def _backward(call: Call, x, weight, tensors, needs, grad):

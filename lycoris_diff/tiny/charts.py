@@ -56,7 +56,7 @@ def loss_chart(
     def y_of(value: float) -> float:
         return bottom - (bottom - top) * (value - low) / (high - low)
 
-    marks = ticks(low, high)
+    marks = ticks(low, high, count=8)
     decimals = max(0, -math.floor(math.log10(marks[1] - marks[0]) + 1e-9)) if len(marks) > 1 else 4
     for value in marks:
         pen.line([(left, y_of(value)), (right, y_of(value))], fill=RULE, width=SCALE)

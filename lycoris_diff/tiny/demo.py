@@ -102,7 +102,7 @@ def run_demo(
     after = generate(fresh, seed)
     rows: list[tuple[str, list[Image.Image]]] = [
         ("the subject, as trained on", [Image.open(path) for path in subject]),
-        (f'"{PROMPT}", base model', before),
+        (f'"{PROMPT}", base model (random weights)', before),
         (f'"{PROMPT}", with the {recipe.title} adapter', after),
     ]
     picture_rows(rows, f"{recipe.title}: {steps} steps on {PICTURES} pictures").save(files["pictures"])
