@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import inspect
 import math
 import os
-import types
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from .adapters.base import ADAPTERS, Adapter
-from .adapters.combined import Combined, CombinedConfig
+from .adapters.base import ADAPTERS
 from .adapters.config import AdapterConfig
 from .adapters.loha import LoHaConfig
 from .adapters.lokr import LoKrConfig
@@ -33,17 +28,16 @@ from .injection import (
     check_new_name,
     detach,
     inject_adapter,
-    layer_config,
     saved_copies,
     set_active,
     state_of,
     unwrap,
 )
-from .layers.layer import AdaptedLayer
-from .targets import Target
+from .merging import mergeable_layers, weighted_sum
+from .wrapper import TransparentWrapper
 
 
-class AdapterModel(nn.Module):
+class AdapterModel(TransparentWrapper):
     """A base model with named adapters. Attributes it lacks are the base model's, and so is its forward signature.
 
     Args:
@@ -58,11 +52,6 @@ class AdapterModel(nn.Module):
     """
 
     config_class: type[AdapterConfig] | None = None
-
-    def __new__(cls, model: nn.Module, *args: Any, **kwargs: Any) -> AdapterModel:
-        if not isinstance(model, nn.Module):
-            raise AdapterError(f"expected a torch module as the model, got {type(model).__name__}: {model!r}")
-        return super().__new__(_with_signature(cls, type(model)))  # type: ignore[arg-type]
 
     def __init__(
         self,
@@ -81,44 +70,10 @@ class AdapterModel(nn.Module):
             )
         if config is None and state_of(model) is None:
             raise ConfigError(f"{type(model).__name__} has no adapters yet; pass a config")
-        super().__init__()
-        report = None
+        super().__init__(model)
+        self.inject_report: InjectReport | None = None
         if config is not None:
-            report = inject_adapter(model, config, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype)
-        self.model = model
-        self.training = model.training
-        self.inject_report: InjectReport | None = report
-        # diffusers notes a component's class and library by these two
-        self.__dict__["__module__"] = type(model).__module__
-
-    # --- behave like the base model ----------------------------------------------------------------------------------
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        """The base model's class, so that pipelines' and trainers' isinstance checks hold; ``type()`` tells the truth."""
-        model = self.__dict__.get("_modules", {}).get("model")
-        return type(self) if model is None else type(model)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "model":
-                raise
-            return getattr(super().__getattr__("model"), name)
-
-    def __reduce__(self) -> Any:
-        wrapper = next(c for c in type(self).__mro__ if c.__module__ == __name__ and not c.__dict__.get("_generated"))
-        return _rebuild, (wrapper, type(self.model)), self.__dict__
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.__reduce__()
-
-    def _get_name(self) -> str:
-        return type(self).__name__
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Whatever the base model returns, with the active adapters."""
-        return self.model(*args, **kwargs)
+            self.inject_report = inject_adapter(model, config, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype)
 
     @property
     def base_model(self) -> AdapterModel:
@@ -251,7 +206,7 @@ class AdapterModel(nn.Module):
             AdapterError: unknown name, a quantized layer, or a non-finite result; no weight has been touched then.
         """
         names = self._names(adapter_names)
-        layers = self._mergeable(names, safe_merge)
+        layers = mergeable_layers(self.model, names, safe_merge)
         for layer in layers:
             layer.merge(dict.fromkeys((*layer.merged, *names)))
 
@@ -281,7 +236,7 @@ class AdapterModel(nn.Module):
             adapter_names: which; default the active ones. Adapters merged already stay merged.
         """
         names = self._names(adapter_names)
-        layers = self._mergeable(names, safe_merge)
+        layers = mergeable_layers(self.model, names, safe_merge)
         with _progress(len(layers), progressbar) as advance:
             for layer in layers:
                 weight = layer.geometry.stored(layer.merged_weight(dict.fromkeys((*layer.merged, *names))))
@@ -296,32 +251,6 @@ class AdapterModel(nn.Module):
         self.unmerge_adapter()
         unwrap(self.model)
         return self.model
-
-    def _mergeable(self, names: Sequence[str], safe: bool) -> list[AdaptedLayer]:
-        layers = [(p, m) for p, m in adapted_layers(self.model) if any(n in m.adapters for n in names)]
-        owners = Counter(p for m in self.model.modules() for p in m._parameters.values() if p is not None)
-        for path, layer in layers:
-            held = layer.base_layer._parameters.get("weight")
-            if held is None or held.is_meta:
-                state = "is computed by a parametrization" if held is None else "is offloaded"
-                raise AdapterError(f"the weight of {path!r} {state}; it cannot be merged into")
-            if layer.has_plain_weight and owners[layer.base_layer.get_parameter("weight")] > 1:
-                raise AdapterError(
-                    f"{path!r} shares its weight with another module (tied weights); merging would change both. "
-                    "Untie them first, or leave the adapter unmerged"
-                )
-            if not layer.has_plain_weight:
-                raise AdapterError(
-                    f"{path!r} ({type(layer.base_layer).__name__}) has a packed weight; it cannot be merged into"
-                )
-            if safe:
-                every = [n for n in dict.fromkeys((*layer.merged, *names)) if n in layer.adapters]
-                if not bool(torch.isfinite(layer.merged_weight(every)).all()):
-                    raise AdapterError(
-                        f"merging {list(names)} gives non-finite weights in {path!r}; nothing was merged. "
-                        "The adapter is damaged, or too strong for the weights' dtype"
-                    )
-        return [layer for _, layer in layers]
 
     # --- combining ---------------------------------------------------------------------------------------------------
     def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> InjectReport:
@@ -340,18 +269,7 @@ class AdapterModel(nn.Module):
             )
         if not all(isinstance(w, (int, float)) and math.isfinite(w) for w in weights):
             raise AdapterError(f"weights are {list(weights)}; expected finite numbers")
-        copies = [p for p, m in saved_copies(self.model) if any(n in m.modules_to_save for n in adapters)]
-        if copies:
-            raise AdapterError(f"{copies[0]!r} is trained in full by one of {list(adapters)}; such copies cannot be summed")
-        parts = [self.peft_config[n].to_dict() for n in adapters]
-        config = CombinedConfig(parts=parts, weights=[float(w) for w in weights])
-        layers: dict[str, tuple[Target, Adapter]] = {}
-        for path, layer in adapted_layers(self.model):
-            found = {i: layer.adapter(n) for i, n in enumerate(adapters) if n in layer.adapters}
-            if found:
-                own = layer_config(config, path)
-                assert isinstance(own, CombinedConfig)
-                layers[path] = Target(path, layer.base_layer, layer.geometry), Combined.of(own, found)
+        config, layers = weighted_sum(self.model, adapters, weights)
         active = self.active_adapters
         attach(self.model, config, adapter_name, layers)
         set_active(self.model, active)
@@ -523,26 +441,6 @@ def get_peft_model(
         raise ConfigError(f"get_peft_model does not support {sorted(kwargs)}")
     wrapper = _MODELS.get(getattr(peft_config, "peft_name", ""), AdapterModel)
     return wrapper(model, peft_config, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype)
-
-
-@functools.cache
-def _with_signature(wrapper: type, base: Any) -> type:
-    """Subclass of a wrapper whose forward shows the base model's signature (trainers look at it)."""
-    if wrapper.__dict__.get("_generated"):
-        return wrapper
-
-    def forward(self: AdapterModel, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
-
-    forward.__doc__ = base.forward.__doc__
-    with contextlib.suppress(TypeError, ValueError):  # a builtin forward has no signature to show
-        forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
-    names = {"forward": forward, "_generated": True, "__doc__": wrapper.__doc__, "__module__": wrapper.__module__}
-    return types.new_class(wrapper.__name__, (wrapper,), exec_body=lambda namespace: namespace.update(names))
-
-
-def _rebuild(wrapper: type, base: type) -> AdapterModel:
-    return nn.Module.__new__(_with_signature(wrapper, base))
 
 
 @contextlib.contextmanager

@@ -13,13 +13,13 @@ PACKAGE = ROOT / "lycoris_diff"
 #: top to bottom as in docs/architecture.md: a row may import the rows above it, and itself
 ORDER = [
     {"errors"},
-    {"functional"},
+    {"functional", "wrapper"},
     {"execution"},
     {"adapters"},
     {"layers"},
     {"targets", "biases"},
     {"injection"},
-    {"peft_format"},
+    {"peft_format", "merging"},
     {"files"},
     {"model"},
     {"__init__"},
