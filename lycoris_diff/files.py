@@ -15,13 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .adapters.config import AdapterConfig
-from .errors import AdapterError, CheckpointError
+from .errors import CheckpointError
 from .injection import (
-    adapted_layers,
     attach,
     check_new_name,
-    replace_modules,
-    saved_copies,
     set_active,
     state_of,
 )
@@ -163,24 +160,6 @@ def locate_files(source: str | os.PathLike[str], need_config: bool = True, **hub
             raise FileNotFoundError(f"no such directory, and no name of a Hub repository: {os.fspath(source)}") from error
 
     return download(CONFIG_NAME) if need_config else Path(CONFIG_NAME), download(WEIGHTS_NAME)
-
-
-def save_base_model(base: nn.Module, directory: str | os.PathLike[str], arguments: Mapping[str, Any]) -> None:
-    """The base model's own ``save_pretrained``, with its own module tree for as long as it takes.
-
-    Raises:
-        AdapterError: the base model cannot save itself.
-    """
-    save = getattr(type(base), "save_pretrained", None)
-    if save is None:
-        raise AdapterError(f"{type(base).__name__} has no save_pretrained of its own")
-    swaps: dict[nn.Module, nn.Module] = {m: m.base_layer for _, m in adapted_layers(base)}
-    swaps |= {m: m.original_module for _, m in saved_copies(base)}
-    replace_modules(base, swaps)
-    try:
-        save(base, directory, **arguments)
-    finally:
-        replace_modules(base, {original: adapted for adapted, original in swaps.items()})
 
 
 class _replacing:

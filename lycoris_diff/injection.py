@@ -5,6 +5,8 @@ Bookkeeping lives on the base model itself (`AdapterState`), so that it is the s
 
 from __future__ import annotations
 
+import inspect
+import types
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -199,6 +201,9 @@ def attach(
     if state is None:
         state = AdapterState(was_trainable={n for n, p in model.named_parameters() if p.requires_grad})
         model.__dict__[_STATE] = state
+        save = _own_save(model)
+        if save is not None:
+            model.__dict__["save_pretrained"] = save
         model.requires_grad_(False)
     swaps: dict[nn.Module, nn.Module] = {}
     for path, (target, adapter) in adapters.items():
@@ -270,6 +275,7 @@ def unwrap(model: nn.Module, keep_saved: bool = False) -> None:
 def forget(model: nn.Module) -> None:
     """Drop the bookkeeping of a model whose adapters are gone; its parameters train as before."""
     state = model.__dict__.pop(_STATE)
+    model.__dict__.pop("save_pretrained", None)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in state.was_trainable)
 
@@ -306,6 +312,38 @@ def set_active(model: nn.Module, names: list[str], inference_mode: bool = False)
         state.biases.use(model, trained=state.biases.owner in names)
         for bias in state.biases.parameters(model).values():
             bias.requires_grad_(state.biases.owner in trainable)
+
+
+def save_base_model(base: nn.Module, directory: Any, *args: Any, **arguments: Any) -> None:
+    """The base model's own ``save_pretrained``, with its own module tree for as long as it takes.
+
+    Raises:
+        AdapterError: the base model cannot save itself.
+    """
+    save = getattr(type(base), "save_pretrained", None)
+    if save is None:
+        raise AdapterError(f"{type(base).__name__} has no save_pretrained of its own")
+    swaps: dict[nn.Module, nn.Module] = {m: m.base_layer for _, m in adapted_layers(base)}
+    swaps |= {m: m.original_module for _, m in saved_copies(base)}
+    replace_modules(base, swaps)
+    try:
+        save(base, directory, *args, **arguments)
+    finally:
+        replace_modules(base, {original: adapted for adapted, original in swaps.items()})
+
+
+def _own_save(model: nn.Module) -> types.MethodType | None:
+    """``save_pretrained`` for a model with adapters in place: pipelines that call it save the base under its own names."""
+    original = getattr(type(model), "save_pretrained", None)
+    if original is None:
+        return None
+
+    def save_pretrained(self: nn.Module, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        save_base_model(self, save_directory, *args, **kwargs)
+
+    save_pretrained.__doc__ = original.__doc__
+    save_pretrained.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
+    return types.MethodType(save_pretrained, model)
 
 
 # --- helpers -------------------------------------------------------------------------------------------------------------

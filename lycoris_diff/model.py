@@ -28,6 +28,7 @@ from .injection import (
     check_new_name,
     detach,
     inject_adapter,
+    save_base_model,
     saved_copies,
     set_active,
     state_of,
@@ -313,11 +314,11 @@ class AdapterModel(TransparentWrapper):
             save_peft_format: False saves the *base model* under its own names instead. That is how a diffusers pipeline
                 calls this method, and `variant` and `max_shard_size` belong to it.
         """
-        from .files import save_adapter_directory, save_base_model
+        from .files import save_adapter_directory
 
         if not save_peft_format:
             given = {"safe_serialization": safe_serialization, "variant": variant, "max_shard_size": max_shard_size}
-            save_base_model(self.model, save_directory, {k: v for k, v in given.items() if v is not None})
+            save_base_model(self.model, save_directory, **{k: v for k, v in given.items() if v is not None})
             return
         if not safe_serialization:
             raise AdapterError("safe_serialization=False would write a pickle; only safetensors is written")
