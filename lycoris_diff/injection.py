@@ -19,6 +19,7 @@ from .adapters.base import Adapter, Site, adapter_class
 from .adapters.config import AdapterConfig
 from .biases import BiasSet, bias_mode
 from .errors import AdapterError, ConfigError
+from .execution.geometry import is_plain_weight
 from .layers.layer import AdaptedLayer
 from .layers.saved import SavedModule
 from .targets import Target, check_patterns, find_targets, pattern_value, saved_modules
@@ -371,9 +372,7 @@ def _check_bias(model: nn.Module, config: AdapterConfig, name: str) -> None:
 
 def _check_decomposable(target: Target, config: AdapterConfig) -> None:
     wants = getattr(config, "weight_decompose", False) or getattr(config, "init_weights", None) == "bat"
-    weight = getattr(target.layer, "weight", None)
-    packed = not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.itemsize == 1
-    if wants and packed:
+    if wants and not is_plain_weight(getattr(target.layer, "weight", None)):
         raise ConfigError(
             f"{target.path!r} ({type(target.layer).__name__}) is quantized; {type(config).__name__} needs its weight"
         )

@@ -14,11 +14,11 @@ from .adapters.combined import Combined, CombinedConfig
 from .adapters.config import AdapterConfig
 from .adapters.lora import LoraConfig
 from .errors import AdapterError, CheckpointError, ConfigError, nearest
-from .execution.geometry import geometry_of
+from .execution.geometry import geometry_of, is_plain_weight
 from .injection import adapted_layers, layer_config, parameter_dtype, saved_copies, state_of
 from .layers.layer import AdaptedLayer
 from .layers.saved import SavedModule
-from .targets import PRESETS, Target, base_modules, selected_paths
+from .targets import PRESETS, Target, base_modules, names_module, selected_paths
 
 PREFIX = "base_model.model."
 #: peft_type of what PEFT cannot express, so that it refuses the directory instead of misreading it
@@ -173,7 +173,7 @@ def read_adapters(
     modules = dict(base_modules(base))
     cls = ADAPTERS[config.peft_name]
     saved_names = list(config.modules_to_save or [])
-    saved_paths = [p for p in modules if any(p == n or p.endswith(f".{n}") for n in saved_names)]
+    saved_paths = [p for p in modules if any(names_module(n, p) for n in saved_names)]
     groups: dict[str, dict[str, Tensor]] = {}
     saved: dict[str, dict[str, Tensor]] = {}
     biases: dict[str, Tensor] = {}
@@ -234,8 +234,7 @@ def adapter_from_tensors(
     with torch.device("meta"):
         adapter = cls(target.geometry, own, shapes)
     weight: Any = target.layer.weight
-    plain = weight.is_floating_point() and weight.itemsize > 1
-    dtype = weight.dtype if plain and not trainable else parameter_dtype(target.layer, autocast)
+    dtype = weight.dtype if is_plain_weight(weight) and not trainable else parameter_dtype(target.layer, autocast)
     for name, value in values.items():
         live = value.to(weight.device, dtype) if value.is_floating_point() else value.to(weight.device)
         adapter.add_factor(name, live)

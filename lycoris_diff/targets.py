@@ -101,7 +101,7 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> list[Target]:
     if wanted is None:
         wanted = default_targets(model)
     if isinstance(wanted, str):
-        chosen = _by_preset(model, modules, wanted) if wanted in PRESETS else _by_regex(modules, wanted, "target_modules")
+        chosen = _by_pattern(model, modules, wanted)
         explicit = wanted not in PRESETS
     else:
         chosen = _by_names(modules, wanted, "target_modules")
@@ -141,14 +141,14 @@ def selected_paths(model: nn.Module, config: AdapterConfig) -> set[str]:
         return set()
     try:
         if isinstance(wanted, str):
-            chosen = _by_preset(model, modules, wanted) if wanted in PRESETS else _by_regex(modules, wanted, "target_modules")
+            chosen = _by_pattern(model, modules, wanted)
         else:
-            present = [n for n in wanted if any(p == n or p.endswith(f".{n}") for p in modules)]
+            present = [n for n in wanted if any(names_module(n, p) for p in modules)]
             chosen = _by_names(modules, present, "target_modules")
         outside = set(_excluded(modules, config))
     except TargetError:
         return set()
-    saved = {p for p in modules if any(p == n or p.endswith(f".{n}") for n in config.modules_to_save or [])}
+    saved = {p for p in modules if any(names_module(n, p) for n in config.modules_to_save or [])}
     owners = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
     return {
         p
@@ -205,12 +205,23 @@ def check_patterns(config: AdapterConfig, paths: Iterable[str]) -> None:
 
 
 # --- selection -----------------------------------------------------------------------------------------------------------
+def names_module(name: str, path: str) -> bool:
+    """Whether a name in a list means a module: its whole path, or the end of it after a dot."""
+    return path == name or path.endswith(f".{name}")
+
+
+def _by_pattern(model: nn.Module, modules: dict[str, nn.Module], wanted: str) -> list[str]:
+    if wanted in PRESETS:
+        return _by_preset(model, modules, wanted)
+    return _by_regex(modules, wanted, "target_modules")
+
+
 def _by_names(modules: dict[str, nn.Module], names: Iterable[str], field: str) -> list[str]:
     chosen: set[str] = set()
     for name in names:
         if not isinstance(name, str) or not name:
             raise TargetError(f"{field}: {name!r} is not a module name")
-        hits = {p for p in modules if p == name or p.endswith(f".{name}")}
+        hits = {p for p in modules if names_module(name, p)}
         if not hits:
             raise TargetError(f"{field}: {name!r} matches no module.{nearest(name, modules)}")
         chosen |= hits
@@ -220,7 +231,7 @@ def _by_names(modules: dict[str, nn.Module], names: Iterable[str], field: str) -
 def _refuse_containers(modules: dict[str, nn.Module], names: Iterable[str]) -> None:
     """A name that only reaches containers would adapt nothing."""
     for name in names:
-        hits = [p for p in modules if p == name or p.endswith(f".{name}")]
+        hits = [p for p in modules if names_module(name, p)]
         if all(geometry_of(modules[p]) is None and _has_children(modules[p]) for p in hits):
             inside = [p for p, m in modules.items() if p.startswith(f"{hits[0]}.") and geometry_of(m) is not None]
             raise TargetError(

@@ -10,8 +10,6 @@ from typing import Any, ClassVar
 
 from ..errors import ConfigError, nearest
 
-_BOOKKEEPING = ("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision")
-
 
 @dataclass(init=False)
 class AdapterConfig:
@@ -132,14 +130,10 @@ class AdapterConfig:
 
     def for_layer(self, **changes: Any) -> AdapterConfig:
         """A copy with other values, as used by one layer."""
-        copy = dataclasses.replace(self, **changes) if not changes.keys() - self._names() else None
-        if copy is None:
-            raise ConfigError(f"{type(self).__name__} has no field {sorted(changes.keys() - self._names())[0]!r}")
-        copy.__dict__.update({k: v for k, v in self.__dict__.items() if k not in self._names()})
-        return copy
-
-    def _names(self) -> set[str]:
-        return {f.name for f in fields(self)}
+        own = dataclasses.replace(self, **changes)
+        # what is set on the config beside its fields (SHiRA's mask function) comes along
+        vars(own).update({k: v for k, v in vars(self).items() if k not in vars(own)})
+        return own
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values by field name; sets become sorted lists."""

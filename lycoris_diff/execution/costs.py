@@ -41,7 +41,6 @@ def choose(
     training: bool,
     program_cost: int | None,
     program_width: int = 0,
-    build_cost: int = 0,
     build_passes: int = 3,
     sampled_cost: int | None = None,
 ) -> Choice:
@@ -53,7 +52,6 @@ def choose(
         training: a gradient of the factors is needed.
         program_cost: multiply-adds of the factored form per token; None when there is none.
         program_width: channels of its largest intermediate result.
-        build_cost: multiply-adds of building the change of the weight.
         build_passes: passes over a tensor of the weight's size while building it.
         sampled_cost: multiply-adds per token of the weight's gradient at the entries that matter; None when all matter.
     """
@@ -62,7 +60,7 @@ def choose(
     runs = 4 if training else 1
     # forward: read the input, read and write the output; backward: twice the input, twice its gradient, twice the output's
     passes = (5 * inp + 4 * out) if training else (inp + 2 * out)
-    build = build_cost + PASS * build_passes * size
+    build = PASS * build_passes * size
     instead, sampled = 4 * build + tokens * size if training else build, False
     if training and sampled_cost is not None:
         # built once forward and once backward; the gradient needs both sides transposed

@@ -199,13 +199,11 @@ def _backward(call: Call, x, weight, tensors, needs, grad):
     return g_x, [by_index.get(i) for i in range(len(tensors))]
 
 
-def _differentiable_backward(call: Call, inputs, needs, grad):
+def _differentiable_backward(call: Call, tensors, needs, grad):
     """Backward under ``create_graph=True``: gradient of the plain form, itself differentiable."""
-    tensors = [t for t in inputs]
     flags = [*needs[:4], *needs[5:]]
     with torch.enable_grad():
         wanted = [t for t, flag in zip(tensors, flags) if flag]
-        # views keep a tensor that enters twice apart, and leave the graph behind the saved tensors connected
         y = call.plain(*tensors)
         grads = iter(torch.autograd.grad(y, wanted, grad, create_graph=True, allow_unused=True))
     out = [next(grads) if flag else None for flag in flags]

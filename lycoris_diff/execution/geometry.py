@@ -178,6 +178,11 @@ def narrow_product(left: Tensor, right: Tensor) -> Tensor:
     return left.T @ right if left.shape[1] <= right.shape[1] else (right.T @ left).T
 
 
+def is_plain_weight(weight: object) -> bool:
+    """Whether a weight is an ordinary floating tensor: not absent, not packed integers, not an 8-bit storage type."""
+    return isinstance(weight, Tensor) and weight.is_floating_point() and weight.itemsize > 1
+
+
 def geometry_of(layer: nn.Module) -> Geometry | None:
     """Geometry of a supported layer, None for everything else.
 

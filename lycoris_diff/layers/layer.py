@@ -15,7 +15,7 @@ from ..adapters.base import Adapter
 from ..errors import AdapterError
 from ..execution.costs import Choice, choose
 from ..execution.engine import Call, Term, adapted, cast, changed_weight
-from ..execution.geometry import Geometry, is_transformers_conv1d
+from ..execution.geometry import Geometry, is_plain_weight, is_transformers_conv1d
 from ..execution.recompute import recompute
 from ..execution.steps import Program, Step
 from .snapshot import Snapshot
@@ -106,10 +106,8 @@ class AdaptedLayer(nn.Module):
     @property
     def has_plain_weight(self) -> bool:
         """Whether the base layer holds its weight as an ordinary floating tensor of the expected shape."""
-        weight = getattr(self.base_layer, "weight", None)
-        if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.itemsize == 1:
-            return False
-        return tuple(self.geometry.canonical(weight).shape) == self.geometry.shape
+        weight: Any = getattr(self.base_layer, "weight", None)
+        return is_plain_weight(weight) and tuple(self.geometry.canonical(weight).shape) == self.geometry.shape
 
     def base_weight(self) -> Tensor:
         """Unmodified canonical base weight, also while merged.

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 Colour = tuple[int, int, int]
 
-TEAL, DEEP_TEAL, ORANGE, YELLOW = (32, 164, 160), (14, 92, 98), (244, 132, 44), (255, 210, 63)
+TEAL, ORANGE, YELLOW = (32, 164, 160), (244, 132, 44), (255, 210, 63)
 WHITE, INK = (255, 255, 255), (24, 26, 38)
 OVERSAMPLING = 8
 
