@@ -106,10 +106,8 @@ def check_new_name(model: nn.Module, name: str) -> None:
 
 def layer_config(config: AdapterConfig, path: str) -> AdapterConfig:
     """The config of one layer: patterns resolved."""
-    changes: dict[str, Any] = {"r": pattern_value(config.rank_pattern, path, config.r)}
-    if hasattr(config, "alpha"):
-        changes["alpha"] = pattern_value(config.alpha_pattern, path, config.alpha)
-    return config.for_layer(**changes)
+    settings = {f: pattern_value(getattr(config, p), path, getattr(config, f)) for p, f in config.patterns.items()}
+    return config.for_layer(**settings)
 
 
 def parameter_dtype(layer: nn.Module, autocast: bool) -> torch.dtype:

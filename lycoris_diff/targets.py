@@ -188,13 +188,13 @@ def pattern_value(patterns: dict[str, Any], path: str, default: Any) -> Any:
 
 
 def check_patterns(config: AdapterConfig, paths: Iterable[str]) -> None:
-    """Every key of ``rank_pattern`` and ``alpha_pattern`` must match an adapted module.
+    """Every key of ``rank_pattern``, ``alpha_pattern`` and their like must match an adapted module.
 
     Raises:
         TargetError: naming the key and its nearest module.
     """
     paths = list(paths)
-    for field in ("rank_pattern", "alpha_pattern"):
+    for field in dict.fromkeys(("rank_pattern", "alpha_pattern", *config.patterns)):
         for pattern in getattr(config, field):
             try:
                 matches = any(re.fullmatch(rf"(.*\.)?({pattern})", p) for p in paths)

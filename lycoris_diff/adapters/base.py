@@ -72,6 +72,8 @@ class Adapter(nn.Module):
         self.scaling = config.scaling()
         self.register_buffer("strength", torch.ones(()), persistent=False)
         self.factor_shapes = dict(shapes)
+        #: where each factor lives: a submodule (None is the adapter itself, which would be a reference to itself) and a name
+        self._owners: dict[str, tuple[nn.Module | None, str]] = {}
         for name, shape in shapes.items():
             self.add_factor(name, torch.empty(shape, dtype=torch.int32 if name in self.index_names else None))
         self._strength = 1.0
@@ -158,11 +160,15 @@ class Adapter(nn.Module):
             owner.register_parameter(leaf, nn.Parameter(value))
         else:
             owner.register_buffer(leaf, value)
+        self._owners[name] = None if owner is self else owner, leaf
 
     def factors(self) -> dict[str, Tensor]:
         """Live factors by the names of the file's tensors; offloaded ones are brought to their device."""
-        live = {name: self.get_tensor(name) for name in self.factor_shapes}
-        if not any(t.is_meta for t in live.values()):
+        live: dict[str, Any] = {}
+        for name, (submodule, leaf) in self._owners.items():
+            owner = self if submodule is None else submodule
+            live[name] = owner._parameters[leaf] if leaf in owner._parameters else owner._buffers[leaf]
+        if not any([t.is_meta for t in live.values()]):
             return live
         with contextlib.ExitStack() as stack:
             for module in self.modules():
@@ -209,8 +215,11 @@ class Adapter(nn.Module):
     # --- what the layer uses -----------------------------------------------------------------------------------------
     def inputs(self, exact: bool = False) -> dict[str, Tensor]:
         """Factors plus ``strength`` and ``scale`` (the factor on the delta); ``exact`` prefers the values as stored."""
-        scale = self.strength * self.scaling if not self.depends_on_weight else torch.ones_like(self.strength) * self.scaling
-        return {**(self.exact_factors() if exact else self.factors()), "scale": scale, "strength": self.strength}
+        f = self.exact_factors() if exact else self.factors()
+        buffers: Any = self._buffers
+        strength = f["strength"] = buffers["strength"]
+        f["scale"] = (torch.ones_like(strength) if self.depends_on_weight else strength) * self.scaling
+        return f
 
     def members(self, exact: bool = False) -> list[tuple[Adapter, dict[str, Tensor]]]:
         """The adapters this one consists of, with their inputs: itself, or the parts of a sum."""

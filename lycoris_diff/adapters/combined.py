@@ -48,6 +48,11 @@ class Combined(Adapter):
         combined.factor_shapes = {
             f"parts.{i}.{name}": shape for i, part in parts.items() for name, shape in part.factor_shapes.items()
         }
+        combined._owners = {
+            f"parts.{i}.{name}": (part if owner is None else owner, leaf)
+            for i, part in combined._parts()
+            for name, (owner, leaf) in part._owners.items()
+        }
         combined.set_strength(1.0)
         return combined
 

@@ -53,6 +53,8 @@ class AdapterConfig:
     aliases: ClassVar[Mapping[str, str]] = {}
     #: PEFT's fields that are not supported here, name -> the only value accepted
     unsupported: ClassVar[Mapping[str, Any]] = {}
+    #: fields that hold other values for some modules, pattern field -> field
+    patterns: ClassVar[Mapping[str, str]] = {"rank_pattern": "r"}
     #: PEFT's name of the algorithm
     peft_name: ClassVar[str] = ""
     #: values of init_weights beyond True and False
@@ -136,9 +138,9 @@ class AdapterConfig:
         return own
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values by field name; sets become sorted lists."""
+        """Plain values by field name; sets become sorted lists, tuples lists."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {k: sorted(v) if isinstance(v, (set, tuple)) else v for k, v in values.items()}
+        return {k: sorted(v) if isinstance(v, set) else list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
 def _reader(name: str):
@@ -171,6 +173,7 @@ class ScaledConfig(AdapterConfig):
     dora_axis: str = "out"
 
     aliases: ClassVar[Mapping[str, str]] = {"lora_alpha": "alpha", "use_dora": "weight_decompose"}
+    patterns: ClassVar[Mapping[str, str]] = {**AdapterConfig.patterns, "alpha_pattern": "alpha"}
 
     def scaling(self) -> float:
         return self.alpha / self.r

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError
 from ..execution.geometry import Geometry, mix
-from ..execution.steps import Conv, Factors, Mix, Pointwise, Program
+from ..execution.steps import Conv, Factors, Mix, Pointwise, Program, Step, window
 from ..functional import lokr, lora
 from .base import Adapter, Initialiser, Site, fill, magnitude_shape, register
 from .config import ScaledConfig
@@ -27,14 +28,24 @@ class LoKrConfig(ScaledConfig):
         decompose_both: give w1 a low-rank form as well, where that is smaller.
         decompose_factor: wanted size of w1 (see `lycoris_diff.functional.lokr.factorization`); -1 is near the square root.
         full_matrix: keep both halves full, whatever the rank.
+        rows: the layer's weight is only ``(start, count)`` of the product's output rows: a share of a fused projection
+            whose boundary cuts a block of w2. For adapters that come from files; a new one has no use for it.
+        rows_pattern: module name, suffix or regular expression -> another ``rows``.
     """
 
     decompose_both: bool = False
     decompose_factor: int = -1
     full_matrix: bool = False
+    rows: tuple[int, int] | None = None
+    rows_pattern: dict[str, Any] = field(default_factory=dict)
 
     peft_name: ClassVar[str] = "LOKR"
     inits: ClassVar[tuple[str, ...]] = ("lycoris",)
+    patterns: ClassVar[Mapping[str, str]] = {**ScaledConfig.patterns, "rows_pattern": "rows"}
+
+    def __post_init__(self) -> None:
+        self.rows = _pair(self.rows)  # JSON has no tuples
+        self.rows_pattern = {k: _pair(v) for k, v in self.rows_pattern.items()}
 
     def check(self) -> None:
         super().check()
@@ -42,11 +53,21 @@ class LoKrConfig(ScaledConfig):
             raise ConfigError(f"LoKrConfig: decompose_factor is {self.decompose_factor!r}; expected -1 or a positive integer")
         if self.full_matrix:
             self._warn_without_effect("decompose_both", "with full_matrix=True")
+        for where, rows in [("rows", self.rows), *((f"rows_pattern[{k!r}]", v) for k, v in self.rows_pattern.items())]:
+            whole = isinstance(rows, tuple) and len(rows) == 2 and all(type(n) is int for n in rows)
+            if rows is not None and not (whole and rows[0] >= 0 and rows[1] > 0):
+                raise ConfigError(f"LoKrConfig: {where} is {rows!r}; expected (start, count), the output rows that are kept")
+
+
+def _pair(rows: Any) -> Any:
+    return tuple(rows) if isinstance(rows, list) else rows
 
 
 @register
 class LoKr(Adapter):
     """Kronecker product of ``w1 (a, c)`` and ``w2 (b, d, *k)`` with ``a*b = out`` and ``c*d = in / groups``.
+
+    With ``config.rows = (start, count)`` the weight is that window of the product's ``a*b`` rows, and ``count = out``.
 
     Factors: ``lokr_w1`` or ``lokr_w1_a (a, r)``, ``lokr_w1_b (r, c)``; ``lokr_w2`` or ``lokr_w2_a (b, r)``,
     ``lokr_w2_b (r, d*K)``, or with a core ``lokr_t2 (r, r, *k)``, ``lokr_w2_a (r, b)``, ``lokr_w2_b (r, d)``. The sizes are
@@ -59,6 +80,10 @@ class LoKr(Adapter):
 
     @classmethod
     def shapes(cls, geometry: Geometry, config: LoKrConfig) -> dict[str, tuple[int, ...]]:
+        if config.rows is not None:
+            raise ConfigError(
+                f"LoKr: rows={config.rows!r} describes factors of a file; a new adapter has no window, leave it out"
+            )
         r = config.r
         a, b = lokr.factorization(geometry.out, config.decompose_factor)
         c, d = lokr.factorization(geometry.inp, config.decompose_factor)
@@ -84,7 +109,14 @@ class LoKr(Adapter):
         for name in ("lokr_w1_b", "lokr_w2_b"):
             if name in shapes and shapes[name][0] != config.r:
                 raise CheckpointError(f"{name!r} has rank {shapes[name][0]}, the config says r={config.r}")
-        if a * b != geometry.out or c * d != geometry.inp or tuple(kernel) != geometry.kernel:
+        if config.rows is not None:
+            start, count = config.rows
+            if start + count > a * b or count != geometry.out:
+                raise CheckpointError(
+                    f"rows {start} to {start + count} of a Kronecker product with {a} * {b} rows do not make up the layer's "
+                    f"{geometry.out} output channels"
+                )
+        if (config.rows is None and a * b != geometry.out) or c * d != geometry.inp or tuple(kernel) != geometry.kernel:
             raise CheckpointError(
                 f"the Kronecker product of ({a}, {c}) and {(b, d, *kernel)} has shape {(a * b, c * d, *kernel)}, "
                 f"the layer's weight has {geometry.shape}"
@@ -92,6 +124,8 @@ class LoKr(Adapter):
 
     @classmethod
     def peft_gap(cls, geometry: Geometry, config: LoKrConfig) -> str | None:
+        if config.rows is not None:
+            return "PEFT has no LoKr on a window of the product's rows"
         if config.full_matrix:
             return "PEFT derives the shapes from r and has no full_matrix"
         if len(geometry.kernel) == 1 and not cls.shapes(geometry, config).keys() >= {"lokr_w2_a"}:
@@ -125,7 +159,16 @@ class LoKr(Adapter):
         return w2.view(w2.shape[0], -1, *self.geometry.kernel)
 
     def delta(self, f: Factors) -> Tensor:
-        return lokr.kronecker(self._w1(f), self._w2(f)).reshape(self.geometry.shape)
+        product = lokr.kronecker(self._w1(f), self._w2(f))
+        return (product if self._rows is None else product.narrow(0, *self._rows)).reshape(self.geometry.shape)
+
+    @property
+    def _rows(self) -> tuple[int, int] | None:
+        return self.config.rows  # type: ignore[attr-defined]
+
+    def _window(self, last: Step, total: int) -> Step:
+        """The last step, which puts out ``total`` channels, or the window of it that is the layer's."""
+        return window(last, self._rows, total)
 
     def program(self, f: Factors) -> Program | None:
         geo = self.geometry
@@ -138,12 +181,12 @@ class LoKr(Adapter):
         r = f["lokr_w2_b"].shape[0]
         if "lokr_t2" in f:
             first = Pointwise(lambda f: f["lokr_w2_b"], groups=c)
-            last = Pointwise(lambda f: f["lokr_w2_a"].T, groups=a)
+            last = self._window(Pointwise(lambda f: f["lokr_w2_a"].T, groups=a), a * b)
             cost = c * d * r + c * r * r * taps + a * c * r + a * b * r
             return Program(first, last, partial(self._core_then_mix, c), cost=cost, width=max(a, c) * r)
         down = lambda f: f["lokr_w2_b"].view(r, d, *geo.kernel)
         plain = Pointwise(lambda f: f["lokr_w2_b"], groups=c) if geo.is_pointwise else Conv(down, groups=c)
-        last = Pointwise(lambda f: f["lokr_w2_a"], groups=a)
+        last = self._window(Pointwise(lambda f: f["lokr_w2_a"], groups=a), a * b)
         # slices of a few dozen channels run at about half the rate of wide matrix products
         cost = 2 * (c * d * taps * r + a * c * r + a * b * r)
         return Program(plain, last, lambda geo, z, f: mix(z, self._w1(f)), cost=cost, width=max(a, c) * r)
@@ -154,11 +197,12 @@ class LoKr(Adapter):
         flat = lambda f: f["lokr_w2"].flatten(1)
         before = a * c * d + a * b * d * taps
         after = c * b * d * taps + a * c * b
+        mixed = self._window(Mix(self._w1), a * b)
         if geo.is_pointwise:
             if before <= after:
-                return Program(Mix(self._w1), Pointwise(flat, groups=a), cost=before, width=a * d)
-            return Program(Pointwise(flat, groups=c), Mix(self._w1), cost=after, width=c * b)
-        return Program(Conv(lambda f: f["lokr_w2"], groups=c), Mix(self._w1), cost=after, width=c * b)
+                return Program(Mix(self._w1), self._window(Pointwise(flat, groups=a), a * b), cost=before, width=a * d)
+            return Program(Pointwise(flat, groups=c), mixed, cost=after, width=c * b)
+        return Program(Conv(lambda f: f["lokr_w2"], groups=c), mixed, cost=after, width=c * b)
 
     def _core_then_mix(self, c: int, geo: Geometry, z: Tensor, f: Factors) -> Tensor:
         core = squeeze_core(f["lokr_t2"], geo).transpose(0, 1).contiguous().transpose(0, 1)
@@ -170,9 +214,14 @@ class LoKr(Adapter):
         squares = ((w1 * w1).sum(1)[:, None] * (w2 * w2).sum(1)).flatten()
         taps = self.geometry.columns // self.geometry.inp
         # sum over c of w1[a, c] * base[(a b), (c d k)] first: a small matrix product for every row block
-        rows = base.reshape(a, b, c, (columns // taps) * taps)
+        flat = base.flatten(1)
+        start, count = self._rows or (0, a * b)
+        if self._rows is not None:
+            flat = F.pad(flat, (0, 0, start, a * b - start - count))
+        rows = flat.reshape(a, b, c, (columns // taps) * taps)
         mixed = (rows * w1[:, None, :, None]).sum(2)
-        return (mixed * w2).sum(-1).flatten(), squares
+        inner = (mixed * w2).sum(-1).flatten()
+        return inner[start : start + count], squares[start : start + count]
 
 
 def _halves_shapes(geometry: Geometry, shapes: Mapping[str, tuple[int, ...]]) -> tuple[tuple[int, int], tuple[int, ...]]:

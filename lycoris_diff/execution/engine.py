@@ -1,16 +1,15 @@
 """One autograd operation for an adapted layer: the host's operation plus every active adapter.
 
-What it keeps for backward is the layer's input and the adapters' factors; every product of factors and every intermediate
-result is computed anew. The adapters' outputs are accumulated into the host's fresh output, and their gradients into the
-host's fresh input gradient, so that no temporary of the size of an activation is written.
+What it keeps for backward is the layer's input, the adapters' factors and what is small beside the input (`KEPT`); every
+product of factors and every other intermediate result is computed anew. The adapters' outputs are accumulated into the host's
+fresh output, and their gradients into the host's fresh input gradient, so that no temporary of the size of an activation is
+written.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +20,7 @@ from .steps import Factors, Program, Step, add_gradients, sampled_gradients
 AddChange = Callable[[Tensor, Tensor, Factors], Tensor]
 
 
-@dataclass(frozen=True)
-class Term:
+class Term(NamedTuple):
     """One adapter's part in a call: a program to run beside the host's operation, or a change of its weight.
 
     Attributes:
@@ -38,8 +36,7 @@ class Term:
     sampled: Step | None = None
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """Everything about a call that is not a tensor."""
 
     geometry: Geometry
@@ -73,8 +70,8 @@ class Call:
     def plain(self, x: Tensor, weight: Tensor, bias: Tensor | None, row: Tensor | None, *tensors: Tensor) -> Tensor:
         """The same result in plain differentiable operations."""
         geo = self.geometry
-        dense = tuple(t if t.program is None or not t.program.eager_only else replace(t, program=None) for t in self.terms)
-        call = replace(self, terms=dense)
+        dense = tuple(t if t.program is None or not t.program.eager_only else t._replace(program=None) for t in self.terms)
+        call = self._replace(terms=dense)
         y = geo.apply(x, call.weight(weight, tensors), bias if row is None else None)
         for program, f in call.beside(tensors):
             y = y + program.run(geo, x, f)
@@ -83,7 +80,7 @@ class Call:
 
 def cast(f: Factors, dtype: torch.dtype) -> dict[str, Tensor]:
     """Floating factors in another dtype; indices stay as they are."""
-    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in f.items()}
+    return {k: v.to(dtype) if v.dtype is not dtype and v.is_floating_point() else v for k, v in f.items()}
 
 
 def changed_weight(base: Tensor, dense: Sequence[tuple[Any, Factors]]) -> Tensor:
@@ -123,88 +120,102 @@ def adapted(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, row: Ten
         tensors: factors of all terms, in order.
     """
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, row, *tensors))
-    run = _Adapted.apply if recorded else _Adapted.forward
-    out: Tensor = run(x, weight, bias, row, call, *tensors)[0]
-    return out
+    if recorded:
+        out: Tensor = _Adapted.apply(call, x, weight, bias, row, *tensors)
+        return out
+    return _run(call, x, weight, bias, row, tensors)[0]
+
+
+#: the first step's output is kept for backward where it is at most this share of the input
+KEPT = 0.25
+
+
+def _run(call: Call, x, weight, bias, row, tensors) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    """Output, the unscaled output when rows are scaled, and the output of every program's first step.
+
+    The first steps come before the host's operation: they read the input while it is likely still in a cache.
+    """
+    geo = call.geometry
+    beside = call.beside(tensors)
+    started = [program.start(geo, x, f) for program, f in beside]
+    host_bias = None if bias is None or row is not None else bias.to(call.dtype)
+    y = geo.apply(x, call.weight(weight, tensors), host_bias)
+    y = y if y.is_contiguous() else y.contiguous()
+    for (program, f), z in zip(beside, started):
+        program.finish_(geo, y, z, f)
+    return (y, None, started) if row is None else (scale_rows(y, row, bias), y, started)
 
 
 class _Adapted(torch.autograd.Function):
-    """Returns the output and, when rows are scaled, the unscaled output that backward needs (not differentiable)."""
+    """`_run` with its derivative. Function transforms and compiled code take the plain path and never come here."""
 
     @staticmethod
-    def forward(x, weight, bias, row, call: Call, *tensors):
-        geo = call.geometry
-        host_bias = None if bias is None or row is not None else bias.to(call.dtype)
-        y = geo.apply(x, call.weight(weight, tensors), host_bias)
-        y = y if y.is_contiguous() else y.contiguous()
-        for program, f in call.beside(tensors):
-            program.add_(geo, y, x, f)
-        return (y, None) if row is None else (scale_rows(y, row, bias), y)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, weight, bias, row, call, *tensors = inputs
-        _, unscaled = output
-        if unscaled is not None:
-            ctx.mark_non_differentiable(unscaled)
+    def forward(ctx, call: Call, x, weight, bias, row, *tensors):
+        y, unscaled, started = _run(call, x, weight, bias, row, tensors)
+        kept = [z if z is not x and z.numel() <= KEPT * x.numel() else None for z in started]
         ctx.set_materialize_grads(False)
-        ctx.call = call
-        ctx.save_for_backward(x, weight, bias, row, unscaled, *tensors)
+        ctx.call, ctx.factors = call, len(tensors)
+        ctx.save_for_backward(x, weight, bias, row, unscaled, *tensors, *kept)
+        return y
 
     @staticmethod
-    def backward(ctx, grad, _):
-        x, weight, bias, row, unscaled, *tensors = ctx.saved_tensors
-        needs = ctx.needs_input_grad
+    def backward(ctx, grad):
+        x, weight, bias, row, unscaled, *rest = ctx.saved_tensors
+        tensors, kept = rest[: ctx.factors], rest[ctx.factors :]
+        needs = ctx.needs_input_grad[1:]
         if grad is None:
-            return (None,) * len(needs)
+            return (None,) * (1 + len(needs))
         if torch.is_grad_enabled():
-            return _differentiable_backward(ctx.call, (x, weight, bias, row, *tensors), needs, grad)
+            return None, *_differentiable_backward(ctx.call, (x, weight, bias, row, *tensors), needs, grad)
         grad = grad.contiguous()
-        channels = [d for d in range(grad.dim()) if d != 1]
-        g_bias = grad.sum(channels).to(bias.dtype) if needs[2] else None
-        g_row = None
+        g_bias = g_row = None
+        if row is not None or needs[2]:
+            channels = [d for d in range(grad.dim()) if d != 1]
+            g_bias = grad.sum(channels).to(bias.dtype) if needs[2] else None
         if row is not None:
             g_row = (grad * unscaled).sum(channels).to(row.dtype) if needs[3] else None
             grad = grad * channel_view(row, grad)
-        g_x, g_tensors = _backward(ctx.call, x, weight, tensors, needs, grad)
-        return (g_x, None, g_bias, g_row, None, *g_tensors)
+        g_x, g_tensors = _backward(ctx.call, x, weight, tensors, kept, needs, grad)
+        return (None, g_x, None, g_bias, g_row, *g_tensors)
 
 
-# torch binds the arguments of every call to the signature: let it read the signature instead of making it anew
-_Adapted.forward.__signature__ = inspect.signature(_Adapted.forward)  # type: ignore[attr-defined]
-
-
-def _backward(call: Call, x, weight, tensors, needs, grad):
-    """Gradient of the input and of every factor."""
+def _backward(call: Call, x, weight, tensors, kept, needs, grad):
+    """Gradient of the input and of every factor; the adapters' part in it follows the host's into the same tensor."""
     geo = call.geometry
-    wanted = [i for i, t in enumerate(tensors) if needs[5 + i]]
+    wanted = needs[4:]
     with torch.enable_grad():
-        held = [t.detach().requires_grad_(needs[5 + i]) if t.is_floating_point() else t for i, t in enumerate(tensors)]
-        effective = call.weight(weight.detach(), held)
+        held = [t.detach().requires_grad_() if n else t for t, n in zip(tensors, wanted)]
         beside = call.beside(held)
-    leaves = [held[i] for i in wanted]
+    leaves = [t for t, n in zip(held, wanted) if n]
     total: list[Tensor | None] = [None] * len(leaves)
-    sampled = [(t.sampled, f) for t, f in call.split(held) if t.sampled is not None]
-    whole = effective.requires_grad and len(sampled) < sum(t.program is None for t in call.terms)
+    pushes = []
+    for (program, f), z in zip(beside, kept):
+        grads, gz = program.backward(geo, x, z, f, leaves, grad, needs[0])
+        total = add_gradients(total, grads)
+        pushes.append((program, f, gz))
+    effective, whole = weight.to(call.dtype), False
+    if call.is_dense:
+        with torch.enable_grad():
+            effective = call.weight(weight.detach(), held)
+        sampled = [(t.sampled, f) for t, f in call.split(held) if t.sampled is not None]
+        whole = effective.requires_grad and len(sampled) < sum(t.program is None for t in call.terms)
+        for step, f in [] if whole or not leaves else sampled:
+            total = add_gradients(total, sampled_gradients(step, geo, x, cast(f, call.dtype), leaves, grad))
     g_x, g_w = geo.gradients(grad, x, effective.detach(), needs[0], whole)
-    for step, f in [] if whole or not leaves else sampled:
-        total = add_gradients(total, sampled_gradients(step, geo, x, cast(f, call.dtype), leaves, grad))
     if g_w is not None:
-        total = list(torch.autograd.grad(effective, leaves, g_w, allow_unused=True, retain_graph=True))
-    if g_x is not None and not g_x.is_contiguous():
-        g_x = g_x.contiguous()
-    for program, f in beside:
-        total = add_gradients(total, program.backward(geo, x, f, leaves, grad, g_x))
-    by_index = dict(zip(wanted, total))
-    return g_x, [by_index.get(i) for i in range(len(tensors))]
+        total = add_gradients(total, torch.autograd.grad(effective, leaves, g_w, allow_unused=True))
+    if g_x is not None:
+        g_x = g_x if g_x.is_contiguous() else g_x.contiguous()
+        for program, f, gz in pushes:
+            program.push_(geo, g_x, x, f, gz)
+    found = iter(total)
+    return g_x, [next(found) if n else None for n in wanted]
 
 
 def _differentiable_backward(call: Call, tensors, needs, grad):
     """Backward under ``create_graph=True``: gradient of the plain form, itself differentiable."""
-    flags = [*needs[:4], *needs[5:]]
     with torch.enable_grad():
-        wanted = [t for t, flag in zip(tensors, flags) if flag]
+        wanted = [t for t, need in zip(tensors, needs) if need]
         y = call.plain(*tensors)
         grads = iter(torch.autograd.grad(y, wanted, grad, create_graph=True, allow_unused=True))
-    out = [next(grads) if flag else None for flag in flags]
-    return (*out[:4], None, *out[4:])
+    return [next(grads) if need else None for need in needs]

@@ -132,10 +132,14 @@ class Shards(Step):
         return torch.cat([grad] * -(-x.shape[1] // self.r), dim=1)[:, : x.shape[1]]
 
     def add_adjoint_(self, geo: Geometry, gx: Tensor, x: Tensor, w: Any, grad: Tensor) -> None:
-        whole = x.shape[1] - x.shape[1] % self.r
-        gx[:, :whole].unflatten(1, (-1, self.r)).add_(grad.unsqueeze(1))
-        if whole < x.shape[1]:
-            gx[:, whole:].add_(grad[:, : x.shape[1] - whole])
+        # a matrix product with ones and zeros is faster than adding a broadcast tensor whose rows are r numbers long
+        geo.accumulate_(gx, grad, _membership(x.shape[1], self.r, gx.dtype, gx.device))
+
+
+@functools.lru_cache(maxsize=64)
+def _membership(channels: int, r: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``M[i, j] = 1 where i = j mod r``, ``(channels, r)``."""
+    return torch.eye(r, dtype=dtype, device=device).repeat(-(-channels // r), 1)[:channels]
 
 
 @dataclass(frozen=True)
@@ -152,6 +156,40 @@ class Tile(Step):
 
     def add_(self, geo: Geometry, y: Tensor, x: Tensor, w: Any) -> None:
         y.unflatten(1, (self.count, -1)).add_(x.unsqueeze(1))
+
+
+@dataclass(frozen=True)
+class Window(Step):
+    """Some consecutive channels of what another step puts out; see `window`.
+
+    Attributes:
+        inner: the other step; its weight is this step's.
+        start, count: the channels that are kept.
+        total: channels that ``inner`` puts out.
+    """
+
+    inner: Step = Step(None)
+    start: int = 0
+    count: int = 0
+    total: int = 0
+
+    def apply(self, geo: Geometry, x: Tensor, w: Any) -> Tensor:
+        return self.inner.apply(geo, x, w).narrow(1, self.start, self.count)
+
+    def adjoint(self, geo: Geometry, x: Tensor, w: Any, grad: Tensor) -> Tensor:
+        return self.inner.adjoint(geo, x, w, self._widened(grad))
+
+    def weight_grad(self, geo: Geometry, x: Tensor, w: Any, grad: Tensor) -> Tensor:
+        return self.inner.weight_grad(geo, x, w, self._widened(grad))
+
+    def _widened(self, grad: Tensor) -> Tensor:
+        edges = (self.start, self.total - self.start - self.count)
+        return torch.nn.functional.pad(grad, (*(0, 0) * (grad.dim() - 2), *edges))
+
+
+def window(step: Step, rows: tuple[int, int] | None, total: int) -> Step:
+    """``step``, or only ``rows = (start, count)`` of the ``total`` channels it puts out."""
+    return step if rows is None else Window(step.weight, step, *rows, total)
 
 
 @dataclass(frozen=True)
@@ -233,7 +271,7 @@ class Sparse(Step):
         return torch.empty_like(w).index_copy_(0, pattern.entry, sampled.values().to(w.dtype))
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Program:
     """``last(mid(first(x)))``. Scale belongs to the weight of the last step or to ``mid``.
 
@@ -257,49 +295,51 @@ class Program:
 
     def run(self, geo: Geometry, x: Tensor, f: Factors) -> Tensor:
         """The adapter's output in plain differentiable operations."""
-        return self.last.apply(geo, self.hidden(geo, x, f), _built(self.last, f))
+        z = self.start(geo, x, f)
+        return self.last.apply(geo, z if self.mid is None else self.mid(geo, z, f), _built(self.last, f))
 
-    def hidden(self, geo: Geometry, x: Tensor, f: Factors) -> Tensor:
-        """Input of the last step."""
-        if self.first is None:
-            return x
-        h = self.first.apply(geo, x, _built(self.first, f))
-        return h if self.mid is None else self.mid(geo, h, f)
+    def start(self, geo: Geometry, x: Tensor, f: Factors) -> Tensor:
+        """Output of the first step."""
+        return x if self.first is None else self.first.apply(geo, x, _built(self.first, f))
 
-    def add_(self, geo: Geometry, y: Tensor, x: Tensor, f: Factors) -> None:
-        """``y += run(x)`` in place; no graph is recorded."""
-        self.last.add_(geo, y, self.hidden(geo, x, f), _built(self.last, f))
+    def finish_(self, geo: Geometry, y: Tensor, z: Tensor, f: Factors) -> None:
+        """``y += last(mid(z))`` in place; no graph is recorded."""
+        self.last.add_(geo, y, z if self.mid is None else self.mid(geo, z, f), _built(self.last, f))
 
-    def backward(self, geo: Geometry, x: Tensor, f: Factors, leaves: list[Tensor], grad: Tensor, gx: Tensor | None):
-        """Gradients of the leaves, everything small computed anew; the input's gradient is added to ``gx``.
+    def backward(
+        self, geo: Geometry, x: Tensor, z: Tensor | None, f: Factors, leaves: list[Tensor], grad: Tensor, of_input: bool
+    ) -> tuple[list[Tensor | None], Tensor | None]:
+        """Gradients of the leaves; everything small is computed anew.
 
         Args:
             x: the layer's canonical input.
+            z: output of the first step where it was kept, None to compute it anew.
             f: factors, a differentiable function of the leaves.
             leaves: tensors whose gradients are wanted.
             grad: gradient of the output.
-            gx: accumulates the gradient of the input; None when nobody asks.
+            of_input: `push_` will be called.
 
         Returns:
-            One gradient (or None) a leaf.
+            One gradient (or None) a leaf, and what `push_` takes.
         """
         if self.first is None:
-            return self._single_backward(geo, x, f, leaves, grad, gx)
+            return sampled_gradients(self.last, geo, x, f, leaves, grad), grad
         with torch.enable_grad():
             wf, wl = _built(self.first, f), _built(self.last, f)
-        z = self.first.apply(geo, x, _detached(wf))
+        z = self.start(geo, x, f).detach() if z is None else z
         h = z
         if self.mid is not None:
             with torch.enable_grad():
-                z = z.requires_grad_()
+                z = z.detach().requires_grad_()
                 h = self.mid(geo, z, f)
-        hd, wld, wfd = h.detach(), _detached(wl), _detached(wf)
+        hd, wld = h.detach(), _detached(wl)
         train_first, train_last = wf is not None and wf.requires_grad, wl is not None and wl.requires_grad
         # what autograd has to pull back to the leaves, in as few calls as there can be
         pulled = [wl] if wl is not None and train_last else []
         grads: list[Tensor] = [self.last.weight_grad(geo, hd, wld, grad)] if train_last else []
         total: list[Tensor | None] = [None] * len(leaves)
-        if gx is not None or train_first or h.requires_grad:
+        gz = None
+        if of_input or train_first or h.requires_grad:
             gz = self.last.adjoint(geo, hd, wld, grad)
             if self.mid is not None:
                 back = torch.autograd.grad(
@@ -307,19 +347,18 @@ class Program:
                 )
                 gz, total = back[0], list(back[1:])
                 pulled, grads = [], []
-            if gx is not None:
-                self.first.add_adjoint_(geo, gx, x, wfd, gz)
             if wf is not None and wf.requires_grad:
                 pulled.append(wf)
-                grads.append(self.first.weight_grad(geo, x, wfd, gz))
+                grads.append(self.first.weight_grad(geo, x, wf.detach(), gz))
         if pulled:
             total = add_gradients(total, torch.autograd.grad(pulled, leaves, grads, allow_unused=True))
-        return total
+        return total, gz
 
-    def _single_backward(self, geo: Geometry, x: Tensor, f: Factors, leaves: list[Tensor], grad: Tensor, gx: Tensor | None):
-        if gx is not None:
-            self.last.add_adjoint_(geo, gx, x, _detached(_built(self.last, f)), grad)
-        return sampled_gradients(self.last, geo, x, f, leaves, grad)
+    def push_(self, geo: Geometry, gx: Tensor, x: Tensor, f: Factors, gz: Tensor | None) -> None:
+        """Add the gradient of the input, from what `backward` returned, to ``gx`` in place."""
+        assert gz is not None
+        step = self.last if self.first is None else self.first
+        step.add_adjoint_(geo, gx, x, _detached(_built(step, f)), gz)
 
 
 def sampled_gradients(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import functools
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -99,7 +101,7 @@ class AdaptedLayer(nn.Module):
 
     def adapter(self, name: str) -> Adapter:
         """One adapter by name."""
-        found: Any = self.adapters[name]
+        found: Any = self._modules["adapters"]._modules[name]  # type: ignore[union-attr]
         return found
 
     # --- base weight -------------------------------------------------------------------------------------------------
@@ -131,14 +133,21 @@ class AdaptedLayer(nn.Module):
     # --- forward -----------------------------------------------------------------------------------------------------
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output with the active adapters."""
-        names = [n for n in self.active if n not in self.merged] if self.enabled else []
-        if not torch.compiler.is_compiling():
+        names = self.active if self.enabled else ()
+        if self.merged:
+            names = tuple(n for n in names if n not in self.merged)
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
             # a zero strength is not run at all unless it trains: exactly the base, whatever the factors hold
-            names = [n for n in names if self.adapter(n).get_strength() != 0.0 or self._trains(n)]
+            names = tuple([n for n in names if self.adapter(n).get_strength() != 0.0 or self._trains(n)])
         if not names:
             return self.base_layer(x, *args, **kwargs)
-        if self._fusable(names, x):
-            return self._fused(names, x)
+        if not compiling and self._fusable(names, x):
+            if not torch.is_autocast_enabled(x.device.type):
+                return self._fused(names, x)
+            x = x.to(compute_dtype(x))
+            with torch.autocast(x.device.type, enabled=False):
+                return self._fused(names, x)
         return self._separate(names, x, *args, **kwargs)
 
     def _trains(self, name: str) -> bool:
@@ -146,37 +155,36 @@ class AdaptedLayer(nn.Module):
 
     def _transparent(self) -> bool:
         """Whether the base layer is a plain known class that nothing else watches, so that its weight may be used directly."""
-        base = self.base_layer
+        base: Any = self._modules["base_layer"]
         known = type(base) in _PLAIN or (type(base).__name__ == "Conv1D" and is_transformers_conv1d(base))
         return known and not self.merged and "forward" not in base.__dict__ and not has_hooks(base)
 
-    def _fusable(self, names: list[str], x: Tensor) -> bool:
+    def _fusable(self, names: Sequence[str], x: Tensor) -> bool:
         """Whether base and adapters may run as one autograd operation of ours."""
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or not self._transparent():
+        if torch._C._are_functorch_transforms_active() or not self._transparent():
             return False
-        weight, bias = self.base_layer.weight, self.base_layer.bias
+        parameters = self._modules["base_layer"]._parameters  # type: ignore[union-attr]
+        weight, bias = parameters.get("weight"), parameters.get("bias")
         plain = type(x) in _TENSORS and type(weight) in _TENSORS and (bias is None or type(bias) in _TENSORS)
-        if not plain or weight.requires_grad or x.device != weight.device or x.device.type == "meta":
+        if not plain or weight.requires_grad or x.device != weight.device or x.is_meta:  # type: ignore[union-attr]
             return False
-        if self.training and any(_masked(self.adapter(n)) for n in names):
+        if self.training and any([_masked(self.adapter(n)) for n in names]):
             return False
-        return x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)
+        return x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)  # type: ignore[union-attr]
 
-    def _fused(self, names: list[str], x: Tensor) -> Tensor:
+    def _fused(self, names: Sequence[str], x: Tensor) -> Tensor:
         geo = self.geometry
-        base: Any = self.base_layer
-        dtype = compute_dtype(x)
-        with torch.autocast(x.device.type, enabled=False):
-            inner, lead = geo.enter(x.to(dtype))
-            weight = geo.canonical(base.weight)
-            active = self._prepare(names, inner)
-            row = self._row_factor(active, weight)
-            terms = tuple(member.term(keep_program=row is not None) for member in active)
-            tensors = [t for member in active for t in member.f.values()]
-            y = adapted(Call(geo, terms, dtype), inner, weight, base.bias, row, tensors)
-            return geo.leave(y, lead)
+        parameters: Any = self._modules["base_layer"]._parameters  # type: ignore[union-attr]
+        inner, lead = geo.enter(x)
+        weight = geo.canonical(parameters["weight"])
+        active = self._prepare(names, inner, plain_weight=True)
+        row = self._row_factor(active, weight)
+        terms = tuple([member.term(keep_program=row is not None) for member in active])
+        tensors = [t for member in active for t in member.f.values()]
+        y = adapted(Call(geo, terms, x.dtype), inner, weight, parameters["bias"], row, tensors)
+        return geo.leave(y, lead)
 
-    def _separate(self, names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _separate(self, names: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Plain differentiable operations: one with the changed weight where the base may be bypassed, else all beside it."""
         geo = self.geometry
         dtype = compute_dtype(x)
@@ -214,29 +222,31 @@ class AdaptedLayer(nn.Module):
         work = weight.to(torch.promote_types(weight.dtype, torch.float32))
         return adapter.add_change(torch.zeros_like(work), work, f)
 
-    def _prepare(self, names: list[str], x: Tensor) -> Active:
+    def _prepare(self, names: Sequence[str], x: Tensor, plain_weight: bool | None = None) -> Active:
         """Active adapters with their factors and, where it is cheaper, their program."""
+        if plain_weight is None:
+            plain_weight = self.has_plain_weight
         active: Active = []
-        for adapter, f in (member for name in names for member in self.adapter(name).members()):
+        for adapter, f in [member for name in names for member in self.adapter(name).members()]:
             if self.training and _module_dropout(adapter):
                 keep = (torch.rand((), device=x.device) >= _module_dropout(adapter)).to(f["scale"].dtype)
                 f["scale"], f["strength"] = f["scale"] * keep, f["strength"] * keep
-            if any(t.is_meta for t in f.values()) and not x.is_meta:
+            if any([t.is_meta for t in f.values()]) and not x.is_meta:
                 raise AdapterError("an active adapter's factors are on the meta device; load a file into it first")
-            choice, program = self._choose(adapter, f, x)
+            choice, program = self._choose(adapter, f, x, plain_weight)
             runs = program if choice.mode == "beside" else None
             active.append(Running(adapter, f, runs, program.last if program is not None and choice.sampled else None))
         return active
 
-    def _choose(self, adapter: Adapter, f: dict[str, Tensor], x: Tensor) -> tuple[Choice, Program | None]:
+    def _choose(self, adapter: Adapter, f: dict[str, Tensor], x: Tensor, plain: bool) -> tuple[Choice, Program | None]:
         program = adapter.program(f)
-        if program is not None and not program.eager_only and not self.has_plain_weight:
+        if program is not None and not program.eager_only and not plain:
             return Choice("beside", program.cost, 0), program
-        training = torch.is_grad_enabled() and any(t.requires_grad for t in f.values())
+        training = torch.is_grad_enabled() and any([t.requires_grad for t in f.values()])
         cost, width = (None, 0) if program is None else (program.cost, program.width)
         sampled = None if program is None else program.sampled_cost
-        tokens = self.geometry.tokens(x)
-        return choose(self.geometry.shape, tokens, training, cost, width, sampled_cost=sampled), program
+        decide = choose if torch.compiler.is_compiling() else _choose  # compilers look through a cache, with a warning
+        return decide(self.geometry.shape, self.geometry.tokens(x), training, cost, width, sampled_cost=sampled), program
 
     def _row_factor(self, active: Active, weight: Tensor) -> Tensor | None:
         """DoRA on the output axis, alone and at full strength, is a factor on every output row."""
@@ -316,7 +326,7 @@ class AdaptedLayer(nn.Module):
         """How every active adapter would run on an input, with the cost model's figures."""
         inner, _ = self.geometry.enter(x)
         first = {n: self.adapter(n).members()[0] for n in self.active}
-        return {n: self._choose(adapter, f, inner)[0] for n, (adapter, f) in first.items()}
+        return {n: self._choose(adapter, f, inner, self.has_plain_weight)[0] for n, (adapter, f) in first.items()}
 
     def extra_repr(self) -> str:
         state = f", merged={list(self.merged)}" if self.merged else ""
@@ -335,7 +345,7 @@ def row_factor(adapter: Adapter, weight: Tensor, f: dict[str, Tensor]) -> Tensor
             square = adapter.add_delta(work, factors).flatten(1).square().sum(1)
         else:
             inner, delta_square = statistics
-            square = torch.linalg.vector_norm(work.flatten(1), dim=1).square() + 2 * inner + delta_square
+            square = row_squares(base) + 2 * inner + delta_square
         tiny = torch.finfo(square.dtype).tiny
         magnitude = factors[adapter.magnitude_name].reshape(-1).to(square.dtype)
         return magnitude * square.clamp_min(tiny).rsqrt()
@@ -345,15 +355,37 @@ def row_factor(adapter: Adapter, weight: Tensor, f: dict[str, Tensor]) -> Tensor
     return recompute(compute, weight.detach(), *f.values())
 
 
+def row_squares(weight: Tensor) -> Tensor:
+    """Squared norm of every row in float32 or better, ``(out,)``; remembered for as long as the weight does not change."""
+
+    def compute() -> Tensor:
+        work = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        return torch.linalg.vector_norm(work.flatten(1), dim=1).square()
+
+    transient = torch.is_inference_mode_enabled() or weight.is_inference() or torch._C._are_functorch_transforms_active()
+    if transient or torch.compiler.is_compiling():
+        return compute()
+    storage, key = weight.untyped_storage(), (weight.data_ptr(), weight._version)
+    found = _ROW_SQUARES.get(storage)
+    if found is None or found[0] != key:
+        found = _ROW_SQUARES[storage] = key, compute()
+    return found[1]
+
+
+#: squared row norms by the weight's storage, with the position and version they belong to
+_ROW_SQUARES: weakref.WeakKeyDictionary[torch.UntypedStorage, tuple[Any, Tensor]] = weakref.WeakKeyDictionary()
+
+_choose = functools.lru_cache(maxsize=4096)(choose)
 _PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TENSORS = (Tensor, nn.Parameter)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
 
 
 def has_hooks(layer: nn.Module) -> bool:
     """Whether a hook of the layer's own, or a global one, wants to see the layer called."""
-    shared = vars(torch.nn.modules.module)
-    return any(getattr(layer, h) for h in _HOOKS) or any(shared[f"_global{h}"] for h in _HOOKS)
+    own, shared = layer.__dict__, vars(torch.nn.modules.module)
+    return any([own[name] for name in _HOOKS]) or any([shared[name] for name in _GLOBAL_HOOKS])
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
