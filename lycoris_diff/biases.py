@@ -13,7 +13,7 @@ from .errors import ConfigError
 from .layers.layer import AdaptedLayer
 from .layers.saved import SavedModule
 
-_ONLY = {"LORA": "lora_only", "MISS": "MiSS_only"}
+_ONLY = {"LORA": "lora_only", "MISS": "MiSS_only", "OFT": "oft_only"}
 
 
 @dataclass

@@ -9,10 +9,10 @@ import inspect
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from .adapters.base import Adapter, Site, adapter_class
@@ -20,7 +20,9 @@ from .adapters.config import AdapterConfig
 from .biases import BiasSet, bias_mode
 from .errors import AdapterError, ConfigError
 from .execution.geometry import is_plain_weight
+from .execution.norms import NormGeometry
 from .layers.layer import AdaptedLayer
+from .layers.norm import AdaptedNorm
 from .layers.saved import SavedModule
 from .targets import Target, check_patterns, find_targets, pattern_value, saved_modules
 
@@ -119,7 +121,9 @@ def parameter_dtype(layer: nn.Module, autocast: bool) -> torch.dtype:
     return dtype
 
 
-def build_adapter(target: Target, config: AdapterConfig, name: str, low_cpu_mem_usage: bool, autocast: bool) -> Adapter:
+def build_adapter(
+    model: nn.Module, target: Target, config: AdapterConfig, name: str, low_cpu_mem_usage: bool, autocast: bool
+) -> Adapter:
     """A new adapter for one target, initialised unless on meta."""
     cls = adapter_class(config)
     own = layer_config(config, target.path)
@@ -132,13 +136,24 @@ def build_adapter(target: Target, config: AdapterConfig, name: str, low_cpu_mem_
     dtype = parameter_dtype(target.layer, autocast)
     adapter.to(dtype=dtype)
     if not low_cpu_mem_usage:
-        adapter.reset(Site(target.path, name, target.layer))
+        weight = partial(base_weight, model, target)
+        adapter.reset(Site(target.path, name, target.layer, weight))
         adapter.to(device=_device(target.layer))
         if adapter.decomposed:
-            with align_module_device(target.layer):
-                weight: Any = target.layer.weight
-                adapter.init_magnitude(target.geometry.canonical(weight.detach()))
+            adapter.init_magnitude(weight())
     return adapter
+
+
+def base_weight(model: nn.Module, target: Target) -> Tensor:
+    """Canonical unmodified weight of a target, also where another adapter is merged into it.
+
+    Raises:
+        AdapterError: the weight is packed or quantized.
+    """
+    layer = model.get_submodule(target.path)
+    if not isinstance(layer, AdaptedLayer):
+        layer = AdaptedLayer(target.layer, target.geometry)
+    return layer.base_weight().detach()
 
 
 def inject_adapter(
@@ -174,7 +189,9 @@ def inject_adapter(
     _check_bias(model, config, adapter_name)
     for target in targets:
         _check_decomposable(target, config)
-    adapters = {t.path: build_adapter(t, config, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype) for t in targets}
+    adapters = {
+        t.path: build_adapter(model, t, config, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype) for t in targets
+    }
     attach(model, config, adapter_name, {t.path: (t, adapters[t.path]) for t in targets}, saved)
     set_active(model, [adapter_name])
     own = sum(p.numel() for a in adapters.values() for p in a.parameters())
@@ -195,7 +212,13 @@ def attach(
     adapters: Mapping[str, tuple[Target, Adapter]],
     saved: Iterable[str] = (),
 ) -> None:
-    """Swap finished adapters in. Nothing here can be refused any more."""
+    """Swap finished adapters in.
+
+    Raises:
+        AdapterError: an adapter needs its layer's weight and cannot have it, or belongs to another; nothing has changed then.
+    """
+    for target, adapter in adapters.values():
+        adapter.settle(partial(base_weight, model, target))
     state = state_of(model)
     if state is None:
         state = AdapterState(was_trainable={n for n, p in model.named_parameters() if p.requires_grad})
@@ -208,9 +231,10 @@ def attach(
     for path, (target, adapter) in adapters.items():
         layer = model.get_submodule(path)
         if not isinstance(layer, AdaptedLayer):
-            layer = swaps[target.layer] = AdaptedLayer(target.layer, target.geometry)
+            kind = AdaptedNorm if isinstance(target.geometry, NormGeometry) else AdaptedLayer
+            layer = swaps[target.layer] = kind(target.layer, target.geometry)
         adapter.train(layer.training)
-        layer.adapters[name] = adapter
+        layer.add(name, adapter)
     for path in saved:
         module = model.get_submodule(path)
         if not isinstance(module, SavedModule):
@@ -228,16 +252,20 @@ def detach(model: nn.Module, name: str) -> None:
     state = state_of(model)
     assert state is not None
     if state.biases is not None and state.biases.owner == name:
+        merged = [(layer, layer.merged) for _, layer in adapted_layers(model) if layer.merged]
+        for layer, _ in merged:  # merged values may include biases
+            layer.unmerge()
         state.biases.use(model, trained=False)
         state.biases = None
+        for layer, names in merged:
+            layer.merge(n for n in names if n != name)
     swaps: dict[nn.Module, nn.Module] = {}
     for _, layer in adapted_layers(model):
         if name not in layer.adapters:
             continue
         if name in layer.merged:
             layer.merge(n for n in layer.merged if n != name)
-        del layer.adapters[name]
-        layer.active = tuple(n for n in layer.active if n != name)
+        layer.remove(name)
         if not layer.adapters:
             swaps[layer] = layer.base_layer
     for _, module in saved_copies(model):
@@ -370,6 +398,7 @@ def _check_bias(model: nn.Module, config: AdapterConfig, name: str) -> None:
 
 def _check_decomposable(target: Target, config: AdapterConfig) -> None:
     wants = getattr(config, "weight_decompose", False) or getattr(config, "init_weights", None) == "bat"
+    wants = wants or not adapter_class(config).additive
     if wants and not is_plain_weight(getattr(target.layer, "weight", None)):
         raise ConfigError(
             f"{target.path!r} ({type(target.layer).__name__}) is quantized; {type(config).__name__} needs its weight"

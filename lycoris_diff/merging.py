@@ -43,7 +43,8 @@ def mergeable_layers(model: nn.Module, names: Sequence[str], safe: bool) -> list
             raise AdapterError(f"{path!r} ({type(layer.base_layer).__name__}) has a packed weight; it cannot be merged into")
         if safe:
             every = [n for n in dict.fromkeys((*layer.merged, *names)) if n in layer.adapters]
-            if not bool(torch.isfinite(layer.merged_weight(every)).all()):
+            values = [v for v in layer.merged_tensors(every).values() if v is not None]
+            if not all(bool(torch.isfinite(v).all()) for v in values):
                 raise AdapterError(
                     f"merging {list(names)} gives non-finite weights in {path!r}; nothing was merged. "
                     "The adapter is damaged, or too strong for the weights' dtype"

@@ -13,12 +13,19 @@ import torch
 from torch import nn
 
 from .adapters.base import ADAPTERS
+from .adapters.boft import BOFTConfig
 from .adapters.config import AdapterConfig
+from .adapters.full import FullConfig
+from .adapters.glora import GLoraConfig
+from .adapters.ia3 import IA3Config
 from .adapters.loha import LoHaConfig
 from .adapters.lokr import LoKrConfig
 from .adapters.lora import LoraConfig
 from .adapters.miss import MissConfig
+from .adapters.norm import NormConfig
+from .adapters.oft import DiagOFTConfig, OFTConfig
 from .adapters.shira import ShiraConfig
+from .adapters.tlora import TLoraConfig
 from .errors import AdapterError, ConfigError
 from .injection import (
     AdapterState,
@@ -34,6 +41,7 @@ from .injection import (
     state_of,
     unwrap,
 )
+from .layers.snapshot import write
 from .merging import mergeable_layers, weighted_sum
 from .wrapper import TransparentWrapper
 
@@ -240,9 +248,7 @@ class AdapterModel(TransparentWrapper):
         layers = mergeable_layers(self.model, names, safe_merge)
         with _progress(len(layers), progressbar) as advance:
             for layer in layers:
-                weight = layer.geometry.stored(layer.merged_weight(dict.fromkeys((*layer.merged, *names))))
-                with torch.no_grad():
-                    layer.base_layer.get_parameter("weight").copy_(weight)
+                write(layer.base_layer, layer.merged_tensors(dict.fromkeys((*layer.merged, *names))))
                 advance()
         unwrap(self.model, keep_saved=True)
         return self.model
@@ -421,8 +427,56 @@ class ShiraModel(AdapterModel):
     config_class = ShiraConfig
 
 
+class GLoraModel(AdapterModel):
+    """A model with GLoRA adapters first (arXiv 2306.07967); others may be added."""
+
+    config_class = GLoraConfig
+
+
+class IA3Model(AdapterModel):
+    """A model with (IA)^3 adapters first (arXiv 2205.05638); others may be added."""
+
+    config_class = IA3Config
+
+
+class FullModel(AdapterModel):
+    """A model with full differences of weights and biases first; others may be added."""
+
+    config_class = FullConfig
+
+
+class NormModel(AdapterModel):
+    """A model with trained normalisation layers first; others may be added."""
+
+    config_class = NormConfig
+
+
+class DiagOFTModel(AdapterModel):
+    """A model with LyCORIS' OFT adapters first (arXiv 2306.07280); others may be added."""
+
+    config_class = DiagOFTConfig
+
+
+class BOFTModel(AdapterModel):
+    """A model with LyCORIS' BOFT adapters first (arXiv 2311.06243); others may be added."""
+
+    config_class = BOFTConfig
+
+
+class OFTModel(AdapterModel):
+    """A model with PEFT's OFT adapters first (arXiv 2306.07280); others may be added."""
+
+    config_class = OFTConfig
+
+
+class TLoraModel(AdapterModel):
+    """A model with T-LoRA adapters first (arXiv 2507.05964); others may be added."""
+
+    config_class = TLoraConfig
+
+
 PeftModel = AdapterModel
-_MODELS = {m.config_class.peft_name: m for m in (LoraModel, LoKrModel, LoHaModel, MissModel, ShiraModel) if m.config_class}
+_MODELS = {m.config_class.peft_name: m for m in AdapterModel.__subclasses__() if m.config_class}
 
 
 def get_peft_model(

@@ -14,7 +14,7 @@ from .adapters.combined import Combined, CombinedConfig
 from .adapters.config import AdapterConfig
 from .adapters.lora import LoraConfig
 from .errors import AdapterError, CheckpointError, ConfigError, nearest
-from .execution.geometry import geometry_of, is_plain_weight
+from .execution.geometry import is_plain_weight
 from .injection import adapted_layers, layer_config, parameter_dtype, saved_copies, state_of
 from .layers.layer import AdaptedLayer
 from .layers.saved import SavedModule
@@ -40,6 +40,8 @@ _PEFT_FIELDS = {
     "LOKR": {*_LYCORIS, "decompose_both", "decompose_factor", "rank_dropout_scale"},
     "MISS": {"miss_dropout", "mini_r", "init_weights", "bias", *_LAYERED},
     "SHIRA": {"mask_type", "random_seed", "fan_in_fan_out", "init_weights"},
+    "OFT": {"oft_block_size", "bias", "init_weights", "block_share", "use_cayley_neumann", "num_cayley_neumann_terms",
+            "peft_version", *_LAYERED},
 }  # fmt: skip
 #: initialisations of PEFT that leave the base weight alone, so that a file that names them means what it says
 _HARMLESS_INITS = ("orthogonal",)
@@ -198,7 +200,7 @@ def read_adapters(
         raise CheckpointError(f"the config names modules the file has no tensors for: {_first(missing)}")
     adapters: dict[str, tuple[Target, Adapter]] = {}
     for path, found in groups.items():
-        geometry = geometry_of(modules[path])
+        geometry = cls.host(modules[path])
         if geometry is None:
             raise CheckpointError(f"{path!r} is {type(modules[path]).__name__}, which cannot carry an adapter")
         target = Target(path, modules[path], geometry)
@@ -280,11 +282,7 @@ def _first(problems: list[str], count: int = 5) -> str:
 def config_to_dict(config: AdapterConfig, base: nn.Module, adapter_name: str, compact: bool = False) -> dict[str, Any]:
     """What ``adapter_config.json`` says: PEFT's words where PEFT can express the adapter, an own ``peft_type`` elsewhere."""
     gap = peft_gap(config, base, adapter_name, compact)
-    values = config.to_dict()
-    known = _PEFT_COMMON | _PEFT_FIELDS.get(config.peft_name, set())
-    defaults = type(config)().to_dict()
-    out = {k: v for k, v in values.items() if gap or k in known or v != defaults[k]}
-    out = {k: v for k, v in out.items() if v is not None or k == "target_modules"}
+    values, out = config.to_dict(), written_fields(config, gap is not None)
     layers = {p: m for p, m in adapted_layers(base) if adapter_name in m.adapters}
     targets = out.get("target_modules")
     selects = any(values.get(k) is not None for k in ("exclude_modules", "layers_to_transform")) and config.peft_name == "SHIRA"
@@ -292,15 +290,26 @@ def config_to_dict(config: AdapterConfig, base: nn.Module, adapter_name: str, co
         out["target_modules"] = sorted(layers)
         for field in ("exclude_modules", "layers_to_transform", "layers_pattern"):
             out.pop(field, None)
-    out["inference_mode"] = True
     name = getattr(getattr(base, "config", None), "_name_or_path", None) or getattr(base, "name_or_path", None)
     if name and not out.get("base_model_name_or_path"):
         out["base_model_name_or_path"] = str(name)
-    if gap:
+    if not gap and isinstance(config, LoraConfig):
+        out["fan_in_fan_out"] = any(layer.geometry.transposed for layer in layers.values())
+    return out
+
+
+def written_fields(config: AdapterConfig, foreign: bool) -> dict[str, Any]:
+    """A config's fields as the JSON has them; ``foreign``: PEFT cannot express the adapter, so it gets a type of our own."""
+    values = config.to_dict()
+    known = _PEFT_COMMON | _PEFT_FIELDS.get(config.peft_name, set())
+    defaults = type(config)().to_dict()
+    out = {k: v for k, v in values.items() if foreign or k in known or v != defaults[k]}
+    out = {k: v for k, v in out.items() if v is not None or k == "target_modules"}
+    out["inference_mode"] = True
+    if foreign:
         out["peft_type"] = OWN_PREFIX + config.peft_name
     elif isinstance(config, LoraConfig):
         out = {_LORA_SPELLINGS.get(k, k): v for k, v in out.items()}
-        out["fan_in_fan_out"] = any(layer.geometry.transposed for layer in layers.values())
     return out
 
 
@@ -313,7 +322,7 @@ def peft_gap(config: AdapterConfig, base: nn.Module, adapter_name: str, compact:
             continue
         adapter = layer.adapter(adapter_name)
         gap = type(adapter).peft_gap(layer.geometry, adapter.config)
-        if gap is None and config.peft_name == "LOKR":
+        if gap is None and config.peft_name in ("LOKR", "OFT"):
             derived = type(adapter).shapes(layer.geometry, adapter.config)
             if adapter.factor_shapes != derived:
                 gap = "PEFT derives other factor shapes from the config"

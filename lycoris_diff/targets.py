@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from .adapters.base import ADAPTERS, Adapter
 from .adapters.config import AdapterConfig
 from .errors import TargetError, nearest
-from .execution.geometry import Geometry, geometry_of, is_transformers_conv1d
+from .execution.geometry import Geometry, is_transformers_conv1d
 from .layers.layer import AdaptedLayer
 from .layers.saved import SavedModule
 
+Host = Callable[[nn.Module], Geometry | None]
 PRESETS = ("all-linear", "all", "attention", "mlp", "conv")
 
 _UNET = ("proj_in", "proj_out", "to_k", "to_q", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
@@ -97,23 +99,24 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> list[Target]:
         TargetError: a name, pattern or index that selects nothing, a module that cannot be adapted, or nothing selected.
     """
     modules = dict(base_modules(model))
+    host = host_of(config)
     wanted: Iterable[str] | str | None = config.target_modules
     if wanted is None:
-        wanted = default_targets(model)
+        wanted = ADAPTERS.get(config.peft_name, Adapter).default_targets or default_targets(model)
     if isinstance(wanted, str):
-        chosen = _by_pattern(model, modules, wanted)
+        chosen = _by_pattern(model, modules, wanted, host)
         explicit = wanted not in PRESETS
     else:
         chosen = _by_names(modules, wanted, "target_modules")
         explicit = True
-        _refuse_containers(modules, wanted)
+        _refuse_containers(modules, wanted, host)
     excluded = set(_excluded(modules, config))
     saved = set(_by_names(modules, config.modules_to_save, "modules_to_save")) if config.modules_to_save else set()
     chosen = [p for p in chosen if p not in excluded and not _inside(p, saved)]
     chosen = _by_layer_index(chosen, config)
     first = {module: path for path, module in reversed(modules.items())}  # a shared module is one target
     chosen = [p for p in chosen if first[modules[p]] == p or first[modules[p]] not in chosen]
-    targets = [t for path in chosen if (t := _target(model, path, modules[path], explicit)) is not None]
+    targets = [t for path in chosen if (t := _target(model, path, modules[path], explicit, host)) is not None]
     if not targets:
         raise TargetError(f"nothing to adapt in {type(model).__name__}: {_describe(config)} leaves no module")
     return targets
@@ -141,7 +144,7 @@ def selected_paths(model: nn.Module, config: AdapterConfig) -> set[str]:
         return set()
     try:
         if isinstance(wanted, str):
-            chosen = _by_pattern(model, modules, wanted)
+            chosen = _by_pattern(model, modules, wanted, host_of(config))
         else:
             present = [n for n in wanted if any(names_module(n, p) for p in modules)]
             chosen = _by_names(modules, present, "target_modules")
@@ -153,11 +156,16 @@ def selected_paths(model: nn.Module, config: AdapterConfig) -> set[str]:
     return {
         p
         for p in chosen
-        if geometry_of(modules[p]) is not None
+        if host_of(config)(modules[p]) is not None
         and p not in outside
         and not _inside(p, saved)
         and not isinstance(modules.get(p.rpartition(".")[0]), owners)
     }
+
+
+def host_of(config: AdapterConfig) -> Host:
+    """What tells the layers that can carry a config's algorithm: their geometry, None for others."""
+    return ADAPTERS.get(config.peft_name, Adapter).host
 
 
 def default_targets(model: nn.Module) -> Iterable[str] | str:
@@ -210,9 +218,9 @@ def names_module(name: str, path: str) -> bool:
     return path == name or path.endswith(f".{name}")
 
 
-def _by_pattern(model: nn.Module, modules: dict[str, nn.Module], wanted: str) -> list[str]:
+def _by_pattern(model: nn.Module, modules: dict[str, nn.Module], wanted: str, host: Host) -> list[str]:
     if wanted in PRESETS:
-        return _by_preset(model, modules, wanted)
+        return _by_preset(model, modules, wanted, host)
     return _by_regex(modules, wanted, "target_modules")
 
 
@@ -228,12 +236,12 @@ def _by_names(modules: dict[str, nn.Module], names: Iterable[str], field: str) -
     return [p for p in modules if p in chosen]
 
 
-def _refuse_containers(modules: dict[str, nn.Module], names: Iterable[str]) -> None:
+def _refuse_containers(modules: dict[str, nn.Module], names: Iterable[str], host: Host) -> None:
     """A name that only reaches containers would adapt nothing."""
     for name in names:
         hits = [p for p in modules if names_module(name, p)]
-        if all(geometry_of(modules[p]) is None and _has_children(modules[p]) for p in hits):
-            inside = [p for p, m in modules.items() if p.startswith(f"{hits[0]}.") and geometry_of(m) is not None]
+        if all(host(modules[p]) is None and _has_children(modules[p]) for p in hits):
+            inside = [p for p, m in modules.items() if p.startswith(f"{hits[0]}.") and host(m) is not None]
             raise TargetError(
                 f"target_modules: {name!r} is {type(modules[hits[0]]).__name__}, which cannot be adapted itself; "
                 f"adaptable inside it: {inside[:5] or 'nothing'}"
@@ -254,11 +262,11 @@ def _by_regex(modules: dict[str, nn.Module], pattern: str, field: str) -> list[s
     return hits
 
 
-def _by_preset(model: nn.Module, modules: dict[str, nn.Module], preset: str) -> list[str]:
+def _by_preset(model: nn.Module, modules: dict[str, nn.Module], preset: str, host: Host) -> list[str]:
     head = _output_head(model)
     hits = []
     for path, module in modules.items():
-        if not path or module is head or geometry_of(module) is None:
+        if not path or module is head or host(module) is None:
             continue
         linear = isinstance(module, nn.Linear) or is_transformers_conv1d(module)
         if preset == "all" or (preset == "all-linear" and linear) or preset == role_of(path, module, modules):
@@ -327,16 +335,13 @@ def _block_index(path: str, patterns: list[str]) -> int | None:
     return None
 
 
-def _target(model: nn.Module, path: str, module: nn.Module, explicit: bool) -> Target | None:
+def _target(model: nn.Module, path: str, module: nn.Module, explicit: bool, host: Host) -> Target | None:
     """The target at a path; None for what a preset or a container's name sweeps up by accident."""
-    geometry = geometry_of(module)
+    geometry = host(module)
     if geometry is None:
         if not explicit or _has_children(module):
             return None
-        raise TargetError(
-            f"{path!r} is {type(module).__name__}, which cannot be adapted; supported are Linear, Conv1d, Conv2d, Conv3d and "
-            "transformers' Conv1D"
-        )
+        raise TargetError(f"{path!r} is {type(module).__name__}, which cannot be adapted; {_supported(host)}")
     if not path:
         raise TargetError(f"the model itself is {type(module).__name__}; put it into a module and name it in target_modules")
     weight: Any = getattr(module, "weight", None)
@@ -350,6 +355,12 @@ def _target(model: nn.Module, path: str, module: nn.Module, explicit: bool) -> T
             return None
         raise TargetError(f"{path!r} sits in {type(owner).__name__}, which never calls it; an adapter would have no effect")
     return Target(path, module, geometry)
+
+
+def _supported(host: Host) -> str:
+    if host(nn.LayerNorm(1)) is not None:
+        return "supported are LayerNorm, GroupNorm and RMSNorm with a weight"
+    return "supported are Linear, Conv1d, Conv2d, Conv3d and transformers' Conv1D"
 
 
 def _has_children(module: nn.Module) -> bool:

@@ -44,6 +44,7 @@ from torch import Tensor, nn
 import lycoris_diff
 
 MIB = 2**20
+TURN = 0.06  # seconds of base layer steps that a contender runs in a row: a model calls the same code for many layers too
 BEGIN, END = "<!-- benchmark_layers: begin -->", "<!-- benchmark_layers: end -->"
 
 # ------------------------------------------------------------------------------------------------ cases and algorithms
@@ -132,17 +133,21 @@ class Contender:
                 if p.requires_grad and not re.search("magnitude|dora_scale", name):
                     p.normal_(std=0.02)
 
-    def times(self, x: Tensor, gradient: Tensor) -> tuple[float, float]:
-        """Seconds of one training step and of one forward without gradients; clearing them is not measured."""
-        for tensor in (x, *self.trainable):
-            tensor.grad = None
-        start = time.perf_counter()
-        self.layer(x).backward(gradient)
-        step = time.perf_counter() - start
-        with torch.no_grad():
+    def times(self, x: Tensor, gradient: Tensor, steps: int = 1) -> tuple[float, float]:
+        """Mean seconds of a training step and of a forward without gradients; clearing them is not measured."""
+        step = forward = 0.0
+        for _ in range(steps):
+            for tensor in (x, *self.trainable):
+                tensor.grad = None
             start = time.perf_counter()
-            self.layer(x)
-            return step, time.perf_counter() - start
+            self.layer(x).backward(gradient)
+            step += time.perf_counter() - start
+        with torch.no_grad():
+            for _ in range(steps):
+                start = time.perf_counter()
+                self.layer(x)
+                forward += time.perf_counter() - start
+        return step / steps, forward / steps
 
     def saved_bytes(self, x: Tensor) -> int:
         """Bytes of the distinct storages that a forward keeps for backward, parameters and buffers left out."""
@@ -262,10 +267,11 @@ def measure(case: Case, name: str, rounds: int, warmup: int) -> Row:
     x = case.input()
     gradient = torch.randn_like(contenders["base"].layer(x))
     times: dict[str, list[tuple[float, float]]] = {c: [] for c in contenders}
+    steps = max(1, round(TURN / min(contenders["base"].times(x, gradient)[0] for _ in range(5))))
     for index in range(warmup + rounds):
         for c in _order(list(contenders), index):
-            times[c].append(contenders[c].times(x, gradient))
-    steps, forwards = ({c: [pair[i] for pair in pairs[warmup:]] for c, pairs in times.items()} for i in range(2))
+            times[c].append(contenders[c].times(x, gradient, steps))
+    trained, forwards = ({c: [pair[i] for pair in pairs[warmup:]] for c, pairs in times.items()} for i in range(2))
     saved = {c: contender.saved_bytes(x) for c, contender in contenders.items()}
     others = [c for c in ADAPTED if c in contenders]
     return Row(
@@ -273,11 +279,11 @@ def measure(case: Case, name: str, rounds: int, warmup: int) -> Row:
         name,
         contenders["ours"].parameters,
         x.nbytes,
-        Spread.of(1e3 * t for t in steps["base"]),
-        {c: Spread.ratio(steps[c], steps["base"]) for c in others},
+        Spread.of(1e3 * t for t in trained["base"]),
+        {c: Spread.ratio(trained[c], trained["base"]) for c in others},
         {c: Spread.ratio(forwards[c], forwards["base"]) for c in others},
         {c: saved[c] - saved["base"] for c in others},
-        Spread.ratio(steps["ours"], steps["PEFT"]),
+        Spread.ratio(trained["ours"], trained["PEFT"]),
     )
 
 
@@ -367,9 +373,9 @@ def markdown(rows: list[Row], rounds: int) -> str:
         f"- float32, {rounds} interleaved rounds; `make bench` renews this section",
         "",
         "`x`: time of a training step relative to the frozen base layer alone, median (quartiles) of the ratios within",
-        "a round; `forward x`: the same under `no_grad`, median. Saved MiB are kept for backward beyond what the base",
-        "layer keeps; their target is the layer's input plus 2 MiB. Convolutions are 3x3, LoKr and LoHa have a Tucker",
-        "core there.",
+        f"a round, where a contender's turn has as many steps as the base layer does in {1e3 * TURN:.0f} ms; `forward x`: the",
+        "same under `no_grad`, median. Saved MiB are kept for backward beyond what the base layer keeps; their target is",
+        "the layer's input plus 2 MiB. Convolutions are 3x3, LoKr and LoHa have a Tucker core there.",
         "",
         *("| " + " | ".join(line) + " |" for line in table),
     ]

@@ -16,7 +16,7 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from ..errors import AdapterError, CheckpointError, ConfigError
-from ..execution.geometry import Geometry
+from ..execution.geometry import Geometry, geometry_of
 from ..execution.steps import Factors, Program
 from ..functional import dora
 from .config import AdapterConfig
@@ -30,11 +30,13 @@ class Site:
         path: dotted path of the layer in the model.
         adapter_name: name of the adapter.
         layer: the base layer.
+        weight: gives its canonical unmodified weight.
     """
 
     path: str
     adapter_name: str
     layer: nn.Module
+    weight: Callable[[], Tensor]
 
 
 class Adapter(nn.Module):
@@ -59,6 +61,10 @@ class Adapter(nn.Module):
     index_names: ClassVar[tuple[str, ...]] = ()
     #: name of the DoRA magnitude, empty when the algorithm cannot be decomposed
     magnitude_name: ClassVar[str] = ""
+    #: name of the factor that is added to the host's bias, empty when the algorithm leaves it alone
+    bias_name: ClassVar[str] = ""
+    #: targets for ``target_modules=None``; None takes the defaults for the model's architecture
+    default_targets: ClassVar[str | None] = None
 
     #: what `row_statistics` keeps for backward is a few vectors
     small_row_statistics: ClassVar[bool] = False
@@ -80,6 +86,11 @@ class Adapter(nn.Module):
         self._exact: dict[str, tuple[Tensor, int]] = {}
 
     # --- what an algorithm defines -----------------------------------------------------------------------------------
+    @classmethod
+    def host(cls, layer: nn.Module) -> Geometry | None:
+        """Geometry of a layer that can carry this algorithm, None for every other layer."""
+        return geometry_of(layer)
+
     @classmethod
     def shapes(cls, geometry: Geometry, config: Any) -> dict[str, tuple[int, ...]]:
         """Shapes of a new adapter's factors.
@@ -117,6 +128,16 @@ class Adapter(nn.Module):
     def change(self, base: Tensor, f: Factors) -> Tensor:
         """Change of the weight as trained, for algorithms that are not additive."""
         raise NotImplementedError
+
+    def settle(self, base: Callable[[], Tensor]) -> None:
+        """Take what the algorithm needs of its layer's unmodified weight; called before anything is attached.
+
+        Args:
+            base: gives the canonical weight; most algorithms never ask.
+
+        Raises:
+            AdapterError: the weight is not to be had, or the factors do not belong to it.
+        """
 
     @classmethod
     def peft_gap(cls, geometry: Geometry, config: Any) -> str | None:
@@ -202,6 +223,23 @@ class Adapter(nn.Module):
     def depends_on_weight(self) -> bool:
         """Whether the change must be taken against the unmodified base weight."""
         return self.decomposed or not self.additive
+
+    @property
+    def changes_weight(self) -> bool:
+        """Whether there is a change of the weight; only the bias may be changed."""
+        return True
+
+    @property
+    def changes_bias(self) -> bool:
+        """Whether the host's bias is changed as well."""
+        return bool(self.bias_name) and self.bias_name in self.factor_shapes
+
+    def bias_change(self, f: Factors) -> Tensor | None:
+        """Change of the host's bias at the adapter's strength, ``(out,)`` in float32 or better; None when it stays."""
+        if not self.changes_bias:
+            return None
+        change = f[self.bias_name]
+        return f["strength"] * change.to(torch.promote_types(change.dtype, torch.float32))
 
     def get_strength(self) -> float:
         """Multiplier of the trained strength."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from ..execution.geometry import Geometry, geometry_of
+from ..execution.norms import norm_geometry_of
 from ..execution.steps import Factors
 from .base import Adapter, Site, register
 from .config import AdapterConfig
@@ -59,6 +62,10 @@ class Combined(Adapter):
     parts: nn.ModuleDict
 
     @classmethod
+    def host(cls, layer: nn.Module) -> Geometry | None:
+        return geometry_of(layer) or norm_geometry_of(layer)
+
+    @classmethod
     def owns(cls, name: str) -> bool:
         return re.match(r"parts\.\d+\.", name) is not None
 
@@ -73,6 +80,18 @@ class Combined(Adapter):
     @property
     def depends_on_weight(self) -> bool:
         return any(p.depends_on_weight for _, p in self._parts())
+
+    @property
+    def changes_weight(self) -> bool:
+        return any(p.changes_weight for _, p in self._parts())
+
+    @property
+    def changes_bias(self) -> bool:
+        return any(p.changes_bias for _, p in self._parts())
+
+    def settle(self, base: Callable[[], Tensor]) -> None:
+        for _, part in self._parts():
+            part.settle(base)
 
     def members(self, exact: bool = False) -> list[tuple[Adapter, dict[str, Tensor]]]:
         return [(part, part.inputs(exact)) for _, part in self._parts()]

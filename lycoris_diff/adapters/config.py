@@ -152,27 +152,22 @@ def _writer(name: str):
 
 
 @dataclass(init=False)
-class ScaledConfig(AdapterConfig):
-    """Algorithms whose delta is scaled by alpha / r and that can be weight-decomposed.
+class AlphaConfig(AdapterConfig):
+    """Algorithms whose change is scaled by alpha / r, with dropouts.
 
     Attributes:
         alpha: numerator of the scaling; another spelling is ``lora_alpha``.
         rank_dropout: probability of dropping an output row of the delta (named as in PEFT and LyCORIS).
         rank_dropout_scale: divide the kept rows by the kept fraction, so that the expectation stays.
         module_dropout: probability of skipping the adapter for a call; not rescaled, as in PEFT and LyCORIS.
-        weight_decompose: DoRA; another spelling is ``use_dora``.
-        dora_axis: "out" (per output row, the paper and PEFT) or "in" (per input column).
     """
 
     alpha: float = 8
     rank_dropout: float = 0.0
     rank_dropout_scale: bool = False
     module_dropout: float = 0.0
-    use_effective_conv2d: bool = False
-    weight_decompose: bool = False
-    dora_axis: str = "out"
 
-    aliases: ClassVar[Mapping[str, str]] = {"lora_alpha": "alpha", "use_dora": "weight_decompose"}
+    aliases: ClassVar[Mapping[str, str]] = {"lora_alpha": "alpha"}
     patterns: ClassVar[Mapping[str, str]] = {**AdapterConfig.patterns, "alpha_pattern": "alpha"}
 
     def scaling(self) -> float:
@@ -187,9 +182,29 @@ class ScaledConfig(AdapterConfig):
                 raise ConfigError(f"alpha_pattern[{pattern!r}] is {value!r}; expected a finite number")
         for name in ("rank_dropout", "module_dropout"):
             self._probability(name)
+        if not self.rank_dropout:
+            self._warn_without_effect("rank_dropout_scale", "without rank_dropout")
+
+
+@dataclass(init=False)
+class ScaledConfig(AlphaConfig):
+    """Algorithms scaled by alpha / r that can be weight-decomposed.
+
+    Attributes:
+        use_effective_conv2d: a Tucker core for convolutions.
+        weight_decompose: DoRA; another spelling is ``use_dora``.
+        dora_axis: "out" (per output row, the paper and PEFT) or "in" (per input column).
+    """
+
+    use_effective_conv2d: bool = False
+    weight_decompose: bool = False
+    dora_axis: str = "out"
+
+    aliases: ClassVar[Mapping[str, str]] = {**AlphaConfig.aliases, "use_dora": "weight_decompose"}
+
+    def check(self) -> None:
+        super().check()
         if self.dora_axis not in ("out", "in"):
             raise ConfigError(f"{type(self).__name__}: dora_axis is {self.dora_axis!r}; expected 'out' or 'in'")
         if not self.weight_decompose:
             self._warn_without_effect("dora_axis", "without weight_decompose=True")
-        if not self.rank_dropout:
-            self._warn_without_effect("rank_dropout_scale", "without rank_dropout")

@@ -83,6 +83,10 @@ class Checkpoint:
             models of the installed version.
         base_model: name of the base model whose modules the paths belong to ("sd15", "sdxl", "flux" ...), "" when unknown.
         unmatched: names that no module has, with the nearest known name ("" when none is near).
+        wrong_shape: names that a module has but whose factors are not for it, with the reason: another shape, an algorithm
+            that such a layer cannot have, or a share of a fused weight that has no exact form of its own.
+        conflicts: names left out because the file holds the same module under a preferred name, with that name.
+        sources: component -> module path -> the file's tensor names that went into it.
         other attributes: as in `RawCheckpoint`.
     """
 
@@ -93,5 +97,8 @@ class Checkpoint:
     extras: dict[str, Tensor] = field(default_factory=dict)
     unknown: dict[str, str] = field(default_factory=dict)
     unmatched: dict[str, str] = field(default_factory=dict)
+    wrong_shape: dict[str, str] = field(default_factory=dict)
+    conflicts: dict[str, str] = field(default_factory=dict)
+    sources: dict[str, dict[str, list[str]]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     trainer: str = ""

@@ -72,7 +72,8 @@ class Call(NamedTuple):
         geo = self.geometry
         dense = tuple(t if t.program is None or not t.program.eager_only else t._replace(program=None) for t in self.terms)
         call = self._replace(terms=dense)
-        y = geo.apply(x, call.weight(weight, tensors), bias if row is None else None)
+        host_bias = None if bias is None or row is not None else bias.to(self.dtype)
+        y = geo.apply(x, call.weight(weight, tensors), host_bias)
         for program, f in call.beside(tensors):
             y = y + program.run(geo, x, f)
         return y if row is None else scale_rows(y, row, bias)

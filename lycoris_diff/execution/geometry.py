@@ -32,6 +32,7 @@ class Geometry:
         edges: explicit padding in the order of `torch.nn.functional.pad`, empty when ``padding`` says it all.
         edge_mode: mode of the explicit padding.
         transposed: the stored weight is ``(in, out)`` (transformers' Conv1D).
+        has_bias: the host adds a bias of its own.
     """
 
     out: int
@@ -44,6 +45,7 @@ class Geometry:
     edges: tuple[int, ...] = ()
     edge_mode: str = "constant"
     transposed: bool = False
+    has_bias: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -188,11 +190,12 @@ def geometry_of(layer: nn.Module) -> Geometry | None:
 
     Supported are `nn.Linear`, `nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`, their subclasses, and transformers' ``Conv1D``.
     """
+    has_bias = getattr(layer, "bias", None) is not None
     if isinstance(layer, nn.Linear):
-        return Geometry(layer.out_features, layer.in_features)
+        return Geometry(layer.out_features, layer.in_features, has_bias=has_bias)
     if is_transformers_conv1d(layer):
         weight: Any = layer.weight
-        return Geometry(weight.shape[1], weight.shape[0], transposed=True)
+        return Geometry(weight.shape[1], weight.shape[0], transposed=True, has_bias=has_bias)
     for kind, axes in _CONV_LAYERS.items():
         if isinstance(layer, kind):
             return _conv_geometry(layer, axes)
@@ -222,6 +225,7 @@ def _conv_geometry(layer: Any, axes: int) -> Geometry:
         groups=layer.groups,
         edges=tuple(e for pair in reversed(before_after) for e in pair) if needs_edges else (),
         edge_mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode,
+        has_bias=layer.bias is not None,
     )
 
 

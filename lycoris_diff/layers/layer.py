@@ -20,7 +20,7 @@ from ..execution.engine import Call, Term, adapted, cast, changed_weight
 from ..execution.geometry import Geometry, is_plain_weight, is_transformers_conv1d
 from ..execution.recompute import recompute
 from ..execution.steps import Program, Step
-from .snapshot import Snapshot
+from .snapshot import Snapshot, write
 
 
 class Running(NamedTuple):
@@ -49,6 +49,7 @@ class AdaptedLayer(nn.Module):
         geometry: how the host applies its weight.
         active: names of the adapters in use, in order.
         enabled: False runs the base layer alone.
+        biased: some adapter changes the bias.
     """
 
     def __init__(self, base_layer: nn.Module, geometry: Geometry) -> None:
@@ -58,6 +59,7 @@ class AdaptedLayer(nn.Module):
         self.geometry = geometry
         self.active: tuple[str, ...] = ()
         self.enabled = True
+        self.biased = False
         self.merged: tuple[str, ...] = ()
         self.suspended: tuple[str, ...] = ()
         self.snapshot: Snapshot | None = None
@@ -104,6 +106,17 @@ class AdaptedLayer(nn.Module):
         found: Any = self._modules["adapters"]._modules[name]  # type: ignore[union-attr]
         return found
 
+    def add(self, name: str, adapter: Adapter) -> None:
+        """Take an adapter in; it is not active yet."""
+        self.adapters[name] = adapter
+        self.biased = self.biased or adapter.changes_bias
+
+    def remove(self, name: str) -> None:
+        """Take an adapter out that is not merged."""
+        del self.adapters[name]
+        self.active = tuple(n for n in self.active if n != name)
+        self.biased = any(adapter.changes_bias for _, adapter in self.named_adapters())
+
     # --- base weight -------------------------------------------------------------------------------------------------
     @property
     def has_plain_weight(self) -> bool:
@@ -127,8 +140,15 @@ class AdaptedLayer(nn.Module):
             with align_module_device(self.base_layer):  # offloaded: the hook brings it for as long as it is needed
                 weight = self.base_layer.weight
         if self.snapshot is not None:
-            weight = self.snapshot.tensors["weight"].to(weight.device)
+            weight = self._original("weight", weight)
         return self.geometry.canonical(weight)
+
+    def _original(self, name: str, current: Tensor | None) -> Any:
+        """A parameter as it was before merging."""
+        held = {} if self.snapshot is None else self.snapshot.tensors
+        value = held.get(name, current)
+        weight: Any = self.base_layer.weight
+        return None if value is None else value.to(weight.device)
 
     # --- forward -----------------------------------------------------------------------------------------------------
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -178,10 +198,14 @@ class AdaptedLayer(nn.Module):
         inner, lead = geo.enter(x)
         weight = geo.canonical(parameters["weight"])
         active = self._prepare(names, inner, plain_weight=True)
+        bias = parameters["bias"]
+        if self.biased:
+            bias = plus(bias, bias_change([member[:2] for member in active]))
+            active = [member for member in active if member.adapter.changes_weight]
         row = self._row_factor(active, weight)
         terms = tuple([member.term(keep_program=row is not None) for member in active])
         tensors = [t for member in active for t in member.f.values()]
-        y = adapted(Call(geo, terms, x.dtype), inner, weight, parameters["bias"], row, tensors)
+        y = adapted(Call(geo, terms, x.dtype), inner, weight, bias, row, tensors)
         return geo.leave(y, lead)
 
     def _separate(self, names: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -190,11 +214,16 @@ class AdaptedLayer(nn.Module):
         dtype = compute_dtype(x)
         inner, lead = geo.enter(x.to(dtype))
         running = self._prepare(names, inner)
+        shift = None
+        if self.biased:
+            shift = bias_change([member[:2] for member in running])
+            running = [member for member in running if member.adapter.changes_weight]
         active = [(a, f, None if p is not None and (p.eager_only or a.depends_on_weight) else p) for a, f, p, _ in running]
         dense = [(a, f) for a, f, p in active if p is None and not (self.training and _masked(a))]
         if dense and self._transparent():
             base: Any = self.base_layer
             weight, bias = geo.canonical(base.weight), base.bias
+            bias, shift = plus(bias, shift), None
             y = geo.apply(inner, changed_weight(weight, dense).to(dtype), None if bias is None else bias.to(dtype))
             y = geo.leave(y, lead)
             active = [(a, f, p) for a, f, p in active if all(a is not d for d, _ in dense)]
@@ -202,7 +231,7 @@ class AdaptedLayer(nn.Module):
             y = self.base_layer(x, *args, **kwargs)
         for adapter, f, program in active:
             y = y + geo.leave(self._beside(adapter, f, program, inner), lead).to(y.dtype)
-        return y
+        return y if shift is None else y + shift.to(y.dtype).view(-1, *[1] * len(geo.kernel))
 
     def _beside(self, adapter: Adapter, f: dict[str, Tensor], program: Program | None, x: Tensor) -> Tensor:
         """One adapter's own output, with its dropouts in training."""
@@ -278,33 +307,55 @@ class AdaptedLayer(nn.Module):
         changes = [self._change(a, cast(f, torch.promote_types(a.strength.dtype, torch.float32))) for a, f in members]
         return self.geometry.stored(sum(changes[1:], changes[0]))
 
+    def get_delta_bias(self, name: str) -> Tensor | None:
+        """Change of the base bias by one adapter at its strength, ``(out,)``; None when it leaves the bias alone."""
+        return bias_change(self.adapter(name).members(exact=True))
+
+    @torch.no_grad()
     def merged_weight(self, names: Iterable[str]) -> Tensor:
         """The base weight with the named adapters' changes, summed in float32 or better and cast once; canonical."""
         base = self.base_weight().detach()
-        dense = []
-        with torch.no_grad():
-            for adapter, f in (m for n in names if n in self.adapters for m in self.adapter(n).members(exact=True)):
-                if adapter.get_strength() == 0.0:
-                    continue
+        dense = [(adapter, f) for adapter, f in self._exact_members(names, base) if adapter.changes_weight]
+        return changed_weight(base, dense).to(base.dtype) if dense else base.clone()
+
+    @torch.no_grad()
+    def merged_bias(self, names: Iterable[str]) -> Tensor | None:
+        """The base bias with the named adapters' changes, as `merged_weight`; None when there is neither."""
+        weight = self.base_weight()
+        bias = self._original("bias", self.base_layer._parameters["bias"])
+        total = plus(bias, bias_change(self._exact_members(names, weight)))
+        return None if total is None else total.to(weight.dtype if bias is None else bias.dtype)
+
+    def _exact_members(self, names: Iterable[str], base: Tensor) -> list[tuple[Adapter, dict[str, Tensor]]]:
+        """Adapters whose strength is not zero with their stored factors, in the dtype for merging."""
+        found = []
+        for adapter, f in (m for n in names if n in self.adapters for m in self.adapter(n).members(exact=True)):
+            if adapter.get_strength() != 0.0:
                 work = torch.promote_types(torch.promote_types(base.dtype, torch.float32), adapter.strength.dtype)
-                dense.append((adapter, {k: v.to(base.device) for k, v in cast(f, work).items()}))
-            return changed_weight(base, dense).to(base.dtype) if dense else base.clone()
+                found.append((adapter, {k: v.to(base.device) for k, v in cast(f, work).items()}))
+        return found
+
+    def merged_tensors(self, names: Iterable[str]) -> dict[str, Tensor | None]:
+        """What the base layer's parameters are with the named adapters merged, in its own layout."""
+        names = tuple(names)
+        values: dict[str, Tensor | None] = {"weight": self.geometry.stored(self.merged_weight(names))}
+        if self.biased:
+            values["bias"] = self.merged_bias(names)
+        return values
 
     def merge(self, names: Iterable[str]) -> None:
-        """Write the named adapters into the base weight; the original is kept in host memory for `unmerge`."""
+        """Write the named adapters into the base layer; the original is kept in host memory for `unmerge`."""
         names = tuple(n for n in names if n in self.adapters)
         if not names:
             self.unmerge()
             return
-        weight = self.geometry.stored(self.merged_weight(names))
-        if self.snapshot is None:
-            self.snapshot = Snapshot.take(self.base_layer, ("weight",))
-        with torch.no_grad():
-            self.base_layer.get_parameter("weight").copy_(weight)
+        values = self.merged_tensors(names)
+        self.snapshot = Snapshot.take(self.base_layer, values, self.snapshot)
+        write(self.base_layer, values)
         self.merged = names
 
     def unmerge(self) -> None:
-        """Put the original weight back, bit for bit."""
+        """Put the original weight and bias back, bit for bit."""
         if self.snapshot is not None:
             self.snapshot.restore(self.base_layer)
         self.snapshot, self.merged = None, ()
@@ -331,6 +382,19 @@ class AdaptedLayer(nn.Module):
     def extra_repr(self) -> str:
         state = f", merged={list(self.merged)}" if self.merged else ""
         return f"active={list(self.active)}{state}"
+
+
+def bias_change(members: Iterable[tuple[Adapter, dict[str, Tensor]]]) -> Tensor | None:
+    """Sum of the adapters' changes of the bias, ``(out,)`` in float32 or better; None when there is none."""
+    total = None
+    for adapter, f in members:
+        total = plus(total, adapter.bias_change(f))
+    return total
+
+
+def plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """Sum in the wider dtype, None standing for nothing."""
+    return a if b is None else b if a is None else a + b
 
 
 def row_factor(adapter: Adapter, weight: Tensor, f: dict[str, Tensor]) -> Tensor:

@@ -1,23 +1,32 @@
 """Names: which module of a diffusers component a community file's name means, per family of base models."""
 
-from .bases import BASES, known_base
+from .bases import BASES, KNOWN_BASES, known_base
 from .build import index_model
 from .families import FAMILIES, Family
-from .guess import guess_base
+from .guess import BaseGuess, closest_base, explain_base, guess_base
 from .index import NameIndex, Part, Parts, Site, flatten
 from .lookup import find, native_names, native_of, nearest_name, portable_path, unknown_prefix
-from .prefixes import PREFIXES, Prefix, split_prefix
+from .prefixes import PREFIXES, Prefix, prefix_of, split_prefix
+from .sizes import factor_size
+from .writing import SCHEMES, Scheme, written_name
 
 __all__ = [
     "BASES",
     "FAMILIES",
+    "KNOWN_BASES",
     "PREFIXES",
+    "SCHEMES",
+    "BaseGuess",
     "Family",
     "NameIndex",
     "Part",
     "Parts",
     "Prefix",
+    "Scheme",
     "Site",
+    "closest_base",
+    "explain_base",
+    "factor_size",
     "find",
     "flatten",
     "guess_base",
@@ -27,6 +36,8 @@ __all__ = [
     "native_of",
     "nearest_name",
     "portable_path",
+    "prefix_of",
     "split_prefix",
     "unknown_prefix",
+    "written_name",
 ]
