@@ -37,12 +37,14 @@ class AdapterState:
         configs: config of every adapter by name.
         active: names of the active adapters.
         was_trainable: base parameters that required gradients before the first adapter.
+        frozen: the base parameters require none now.
         biases: base biases trained by one of the adapters.
     """
 
     configs: dict[str, AdapterConfig] = field(default_factory=dict)
     active: list[str] = field(default_factory=list)
     was_trainable: set[str] = field(default_factory=set)
+    frozen: bool = False
     biases: BiasSet | None = None
 
 
@@ -133,7 +135,7 @@ def build_adapter(
         raise ConfigError(f"{target.path}: {error}") from error
     with torch.device("meta" if low_cpu_mem_usage else "cpu"):
         adapter = cls(target.geometry, own, shapes)
-    dtype = parameter_dtype(target.layer, autocast)
+    dtype = parameter_dtype(target.layer, autocast or cls.wide_factors)
     adapter.to(dtype=dtype)
     if not low_cpu_mem_usage:
         weight = partial(base_weight, model, target)
@@ -211,8 +213,12 @@ def attach(
     name: str,
     adapters: Mapping[str, tuple[Target, Adapter]],
     saved: Iterable[str] = (),
+    freeze: bool = True,
 ) -> None:
     """Swap finished adapters in.
+
+    ``freeze=False`` leaves the base parameters' ``requires_grad`` alone, on which the bits of an operation may depend even
+    where nothing is recorded.
 
     Raises:
         AdapterError: an adapter needs its layer's weight and cannot have it, or belongs to another; nothing has changed then.
@@ -226,7 +232,9 @@ def attach(
         save = _own_save(model)
         if save is not None:
             model.__dict__["save_pretrained"] = save
+    if freeze and not state.frozen:
         model.requires_grad_(False)
+        state.frozen = True
     swaps: dict[nn.Module, nn.Module] = {}
     for path, (target, adapter) in adapters.items():
         layer = model.get_submodule(path)
@@ -376,7 +384,7 @@ def _own_save(model: nn.Module) -> types.MethodType | None:
 # --- helpers -------------------------------------------------------------------------------------------------------------
 def replace_modules(model: nn.Module, swaps: Mapping[nn.Module, nn.Module]) -> None:
     """Put modules in others' places, wherever they occur; a module used in several places stays one module."""
-    for parent in list(model.modules()):
+    for parent in list(model.modules()) if swaps else ():
         for name, child in list(parent._modules.items()):
             if child is not None and child in swaps:
                 setattr(parent, name, swaps[child])

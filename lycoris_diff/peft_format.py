@@ -237,6 +237,7 @@ def adapter_from_tensors(
         adapter = cls(target.geometry, own, shapes)
     weight: Any = target.layer.weight
     dtype = weight.dtype if is_plain_weight(weight) and not trainable else parameter_dtype(target.layer, autocast)
+    dtype = torch.promote_types(dtype, torch.float32) if cls.wide_factors else dtype
     for name, value in values.items():
         live = value.to(weight.device, dtype) if value.is_floating_point() else value.to(weight.device)
         adapter.add_factor(name, live)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from namecases import as_file, default_index, layers
+from namecases import layers
 from torch import nn
 
 from lycoris_diff import naming
@@ -275,49 +275,6 @@ def test_a_pipeline_directory_is_read_without_weights(tmp_path) -> None:
     (tmp_path / "unet" / "config.json").write_text('{"layers_per_block": "many"}')
     with pytest.raises(CheckpointError, match="UNet2DConditionModel cannot be built from its configuration"):
         known_base(str(tmp_path))
-
-
-# --- guessing -----------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("scheme", ["kohya", "diffusers", "lycoris", "peft"])
-@pytest.mark.parametrize("base", naming.KNOWN_BASES)
-def test_the_base_model_is_told_from_names_and_shapes(base: str, scheme: str) -> None:
-    assert naming.guess_base(as_file(base, scheme, every=3)) == base
-
-
-def test_metadata_decides_between_models_that_fit_alike() -> None:
-    raw = as_file("sd3", "kohya", {"modelspec.architecture": "stable-diffusion-3.5-medium/lora"})
-    assert naming.guess_base(raw) == "sd3", "the modulations of SD3.5 medium have more rows"
-    raw.modules = [module for module in raw.modules if module.name.endswith("attn_qkv")]
-    guess = naming.explain_base(raw)
-    assert guess.base == "sd35-medium" and "sd3" in guess.ties
-    assert guess.reasons[-1] == "the metadata says 'stable-diffusion-3.5-medium/lora'"
-    assert naming.guess_base(as_file("sdxl", "kohya", {"ss_base_model_version": "sd_v1"})) == "sdxl", "names and shapes first"
-
-
-def test_base_of_text_encoders_alone() -> None:
-    assert naming.guess_base(as_file("sd21", "kohya", only="text_encoder")) == "sd21"
-    raw = as_file("sdxl", "kohya", only="text_encoder_2")
-    assert naming.guess_base(raw) == "sdxl"
-    for module in raw.modules:
-        module.components = ()
-    assert naming.guess_base(raw) == "sdxl"
-
-
-def test_base_behind_an_unknown_prefix_and_of_nonsense() -> None:
-    raw = as_file("sd15", "lycoris")
-    for module in raw.modules:
-        module.name = f"my_style_{module.name}"
-    assert naming.guess_base(raw) == "sd15"
-    for module in raw.modules:
-        module.name = "nothing.known"
-    assert naming.guess_base(raw) == ""
-    assert "0 of 282 modules" in naming.explain_base(raw).reasons[0]
-
-
-def test_the_base_a_live_model_is() -> None:
-    assert naming.closest_base(known_base("sd21")["unet"]) == "sd21"
-    assert naming.closest_base(default_index("FluxTransformer2DModel")) == "flux"
-    assert naming.closest_base(default_index("FluxTransformer2DModel", num_layers=2)) == "flux"
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,8 @@ class Adapter(nn.Module):
     magnitude_name: ClassVar[str] = ""
     #: name of the factor that is added to the host's bias, empty when the algorithm leaves it alone
     bias_name: ClassVar[str] = ""
+    #: rounding the factors to a half precision would outweigh the change: they stay in float32
+    wide_factors: ClassVar[bool] = False
     #: targets for ``target_modules=None``; None takes the defaults for the model's architecture
     default_targets: ClassVar[str | None] = None
 

@@ -181,8 +181,13 @@ def narrow_product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def is_plain_weight(weight: object) -> bool:
-    """Whether a weight is an ordinary floating tensor: not absent, not packed integers, not an 8-bit storage type."""
-    return isinstance(weight, Tensor) and weight.is_floating_point() and weight.itemsize > 1
+    """Whether a weight is an ordinary floating tensor: not absent, not packed, not an 8-bit storage type."""
+    return isinstance(weight, Tensor) and weight.is_floating_point() and weight.itemsize > 1 and not _is_packed(type(weight))
+
+
+def _is_packed(kind: type) -> bool:
+    """Whether a tensor class keeps other tensors inside and only passes for a floating one (torchao's quantized weights)."""
+    return hasattr(kind, "__tensor_flatten__") and not kind.__module__.startswith("torch.")
 
 
 def geometry_of(layer: nn.Module) -> Geometry | None:
@@ -190,12 +195,11 @@ def geometry_of(layer: nn.Module) -> Geometry | None:
 
     Supported are `nn.Linear`, `nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`, their subclasses, and transformers' ``Conv1D``.
     """
-    has_bias = getattr(layer, "bias", None) is not None
     if isinstance(layer, nn.Linear):
-        return Geometry(layer.out_features, layer.in_features, has_bias=has_bias)
+        return Geometry(layer.out_features, layer.in_features, has_bias=layer.bias is not None)
     if is_transformers_conv1d(layer):
         weight: Any = layer.weight
-        return Geometry(weight.shape[1], weight.shape[0], transposed=True, has_bias=has_bias)
+        return Geometry(weight.shape[1], weight.shape[0], transposed=True, has_bias=layer.bias is not None)
     for kind, axes in _CONV_LAYERS.items():
         if isinstance(layer, kind):
             return _conv_geometry(layer, axes)

@@ -52,6 +52,8 @@ class AdaptedLayer(nn.Module):
         biased: some adapter changes the bias.
     """
 
+    biased = False
+
     def __init__(self, base_layer: nn.Module, geometry: Geometry) -> None:
         super().__init__()
         self.base_layer = base_layer
@@ -59,7 +61,6 @@ class AdaptedLayer(nn.Module):
         self.geometry = geometry
         self.active: tuple[str, ...] = ()
         self.enabled = True
-        self.biased = False
         self.merged: tuple[str, ...] = ()
         self.suspended: tuple[str, ...] = ()
         self.snapshot: Snapshot | None = None
@@ -69,8 +70,8 @@ class AdaptedLayer(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_layer":
-                raise
+            if name == "base_layer" or name.startswith("_"):
+                raise  # hooks and notes that other libraries put on a layer are that layer's own
             return getattr(super().__getattr__("base_layer"), name)
 
     # --- settings by adapter name ------------------------------------------------------------------------------------
@@ -186,7 +187,7 @@ class AdaptedLayer(nn.Module):
         parameters = self._modules["base_layer"]._parameters  # type: ignore[union-attr]
         weight, bias = parameters.get("weight"), parameters.get("bias")
         plain = type(x) in _TENSORS and type(weight) in _TENSORS and (bias is None or type(bias) in _TENSORS)
-        if not plain or weight.requires_grad or x.device != weight.device or x.is_meta:  # type: ignore[union-attr]
+        if not plain or (weight.requires_grad and torch.is_grad_enabled()) or x.device != weight.device or x.is_meta:  # type: ignore[union-attr]
             return False
         if self.training and any([_masked(self.adapter(n)) for n in names]):
             return False
@@ -220,7 +221,7 @@ class AdaptedLayer(nn.Module):
             running = [member for member in running if member.adapter.changes_weight]
         active = [(a, f, None if p is not None and (p.eager_only or a.depends_on_weight) else p) for a, f, p, _ in running]
         dense = [(a, f) for a, f, p in active if p is None and not (self.training and _masked(a))]
-        if dense and self._transparent():
+        if dense and self._transparent() and self.has_plain_weight:
             base: Any = self.base_layer
             weight, bias = geo.canonical(base.weight), base.bias
             bias, shift = plus(bias, shift), None

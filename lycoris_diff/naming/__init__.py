@@ -3,7 +3,6 @@
 from .bases import BASES, KNOWN_BASES, known_base
 from .build import index_model
 from .families import FAMILIES, Family
-from .guess import BaseGuess, closest_base, explain_base, guess_base
 from .index import NameIndex, Part, Parts, Site, flatten
 from .lookup import find, native_names, native_of, nearest_name, portable_path, unknown_prefix
 from .prefixes import PREFIXES, Prefix, prefix_of, split_prefix
@@ -16,7 +15,6 @@ __all__ = [
     "KNOWN_BASES",
     "PREFIXES",
     "SCHEMES",
-    "BaseGuess",
     "Family",
     "NameIndex",
     "Part",
@@ -24,12 +22,9 @@ __all__ = [
     "Prefix",
     "Scheme",
     "Site",
-    "closest_base",
-    "explain_base",
     "factor_size",
     "find",
     "flatten",
-    "guess_base",
     "index_model",
     "known_base",
     "native_names",

@@ -199,6 +199,11 @@ def _index(base: str, component: str) -> NameIndex:
     return index_model(_empty_model(cls, fields), component)
 
 
+@lru_cache(maxsize=64)
+def _index_config(cls: str, component: str, text: str) -> NameIndex:
+    return index_model(_empty_model(cls, json.loads(text)), component)
+
+
 def _index_directory(directory: Path) -> dict[str, NameIndex]:
     listed = _read_json(directory / "model_index.json")
     found = {}
@@ -208,7 +213,7 @@ def _index_directory(directory: Path) -> dict[str, NameIndex]:
             continue
         config = _read_json(directory / component / "config.json")
         try:
-            found[component] = index_model(_empty_model(str(cls), config), component)
+            found[component] = _index_config(str(cls), component, json.dumps(config, sort_keys=True))
         except CheckpointError:  # an encoder that nothing here can build carries no adapter that could be placed
             if component.startswith(_DENOISERS):
                 raise

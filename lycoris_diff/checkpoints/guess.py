@@ -5,17 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError
-from .bases import BASES, Base, base_component
-from .families import CLASSES
-from .index import NameIndex, Parts, flatten
-from .lookup import find, unknown_prefix
-from .sizes import factor_size
-
-if TYPE_CHECKING:
-    from ..checkpoints.checkpoint import Entry, Named, RawCheckpoint
+from ..naming import BASES, NameIndex, Parts, factor_size, find, flatten, unknown_prefix
+from ..naming.bases import Base, base_component
+from ..naming.families import CLASSES
+from .checkpoint import Entry, Named, RawCheckpoint
 
 _VERSION_KEYS = ("ss_base_model_version", "modelspec.architecture")
 _SAME_MODEL = 0.9
