@@ -1,5 +1,7 @@
 """lycoris_diff: LoKr, LoHa, MiSS, SHiRA, LoRA and DoRA adapters for diffusion models."""
 
+from typing import Any
+
 from .adapters import (
     AdapterConfig,
     BOFTConfig,
@@ -15,6 +17,26 @@ from .adapters import (
     OFTConfig,
     ShiraConfig,
     TLoraConfig,
+)
+from .checkpoints.checkpoint import Checkpoint
+from .checkpoints.convert import ConvertReport, convert_checkpoint
+from .checkpoints.inspect import InspectReport, inspect_checkpoint
+from .checkpoints.read import read_checkpoint
+from .checkpoints.write import WriteReport, write_checkpoint
+from .diffusion import (
+    LoadError,
+    LoadReport,
+    LycorisLoaderMixin,
+    delete_adapter,
+    explain,
+    fuse_adapters,
+    list_adapters,
+    load_adapter,
+    merge_adapters,
+    save_adapter,
+    set_adapters,
+    unfuse_adapters,
+    unload_adapters,
 )
 from .errors import AdapterError, CheckpointError, ConfigError, TargetError
 from .injection import InjectReport, inject_adapter
@@ -48,8 +70,10 @@ __all__ = [
     "AdapterModel",
     "BOFTConfig",
     "BOFTModel",
+    "Checkpoint",
     "CheckpointError",
     "ConfigError",
+    "ConvertReport",
     "DiagOFTConfig",
     "DiagOFTModel",
     "FullConfig",
@@ -59,12 +83,16 @@ __all__ = [
     "IA3Config",
     "IA3Model",
     "InjectReport",
+    "InspectReport",
     "LoHaConfig",
     "LoHaModel",
     "LoKrConfig",
     "LoKrModel",
+    "LoadError",
+    "LoadReport",
     "LoraConfig",
     "LoraModel",
+    "LycorisLoaderMixin",
     "MissConfig",
     "MissModel",
     "NormConfig",
@@ -77,8 +105,33 @@ __all__ = [
     "TLoraConfig",
     "TLoraModel",
     "TargetError",
+    "WriteReport",
+    "convert_checkpoint",
+    "delete_adapter",
+    "explain",
+    "fuse_adapters",
     "get_peft_model",
     "get_peft_model_state_dict",
     "inject_adapter",
+    "inspect_checkpoint",
+    "list_adapters",
+    "load_adapter",
+    "merge_adapters",
+    "read_checkpoint",
+    "save_adapter",
+    "set_adapters",
     "set_peft_model_state_dict",
+    "unfuse_adapters",
+    "unload_adapters",
+    "write_checkpoint",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Pipeline classes are made when they are asked for: they need diffusers' own."""
+    if name.endswith("LycorisPipeline"):
+        from .diffusion import pipelines
+
+        if hasattr(pipelines, name):
+            return getattr(pipelines, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -31,15 +31,27 @@ ORDER = [
 ]
 
 
-def test_readme_examples_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) >= 2
+def run_examples(path: Path) -> int:
+    """Run a document's examples one after the other; how many there are."""
+    blocks = re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
     scope: dict = {}
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), scope)
+        exec(compile(block, path.name, "exec"), scope)
+    return len(blocks)
+
+
+def test_readme_examples_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run_examples(ROOT / "README.md") >= 2
     assert "trainable params" in capsys.readouterr().out
     assert (tmp_path / "my-lokr" / "adapter_model.safetensors").is_file()
+
+
+def test_examples_of_loading_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run_examples(ROOT / "docs" / "loading.md") >= 7
+    assert "match no module" in capsys.readouterr().out
+    assert (tmp_path / "style-peft" / "adapter_config.json").is_file()
 
 
 def test_quick_start_is_two_commands():

@@ -7,9 +7,10 @@ import sys
 from collections.abc import Sequence
 
 from ..errors import AdapterError
-from . import demo
+from . import convert, demo, generate, inspect, merge
 
-COMMANDS = (demo,)  # modules with `register(subparsers)`; the parser's default `run(args)` returns the exit code
+#: modules with `register(subparsers)`; the parser's default `run(args)` returns the exit code
+COMMANDS = (demo, generate, inspect, convert, merge)
 
 
 def build_parser() -> argparse.ArgumentParser:
