@@ -1,0 +1,108 @@
+"""What the subcommands that use a pipeline share: arguments, loading, and how a report is shown."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rich.console import Console
+
+from ..errors import AdapterError
+
+if TYPE_CHECKING:
+    from ..diffusion import LoadReport
+
+TINY = "tiny"
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
+
+
+class AdapterArgument(NamedTuple):
+    """``FILE[:WEIGHT]``: where an adapter is, and its weight or its weights by component or pattern."""
+
+    source: str
+    weight: float | dict[str, float]
+
+
+def adapter_argument(text: str) -> AdapterArgument:
+    """Parse ``FILE``, ``FILE:0.8`` or ``FILE:unet=1,text_encoder=0.5``; without a weight it is 1."""
+    source, _, tail = text.rpartition(":")
+    if source and _NUMBER.fullmatch(tail):
+        return AdapterArgument(source, float(tail))
+    pairs = [part.partition("=") for part in tail.split(",")]
+    if source and all(key and sign and _NUMBER.fullmatch(value) for key, sign, value in pairs):
+        return AdapterArgument(source, {key: float(value) for key, _, value in pairs})
+    if not text:
+        raise argparse.ArgumentTypeError("expected FILE or FILE:WEIGHT")
+    return AdapterArgument(text, 1.0)
+
+
+def add_pipeline_arguments(parser: argparse.ArgumentParser, adapter_required: bool) -> None:
+    """Add ``--model``, ``--adapter`` and how to load them."""
+    parser.add_argument(
+        "--model", required=True, metavar="DIR", help=f"diffusers directory or Hub repository, or {TINY!r} for the built-in one"
+    )
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        required=adapter_required,
+        type=adapter_argument,
+        metavar="FILE[:WEIGHT]",
+        help="adapter file, PEFT directory or Hub repository; the weight may name parts: unet=1,text_encoder=0.5. Repeatable",
+    )
+    parser.add_argument("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto", help="precision")
+    parser.add_argument("--no-strict", action="store_true", help="load what fits of a file that does not fit in everything")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def load_pipeline(model: str, dtype: str) -> Any:
+    """The pipeline behind ``--model``.
+
+    Raises:
+        AdapterError: a local path that is no diffusers directory. OSError: nothing of this name can be opened.
+    """
+    import torch
+    from diffusers import DiffusionPipeline
+
+    wanted = None if dtype == "auto" else getattr(torch, dtype)
+    if model == TINY:
+        from ..tiny import load_pipeline as load_tiny
+
+        pipe = load_tiny()
+        return pipe if wanted is None else pipe.to(wanted)
+    path = Path(model)
+    if path.exists() and not (path / "model_index.json").is_file():
+        raise AdapterError(f"{model} is no diffusers pipeline: it has no model_index.json; convert single files with diffusers")
+    arguments = {} if wanted is None else {"torch_dtype": wanted}
+    return DiffusionPipeline.from_pretrained(model, **arguments)
+
+
+def load_adapters(pipe: Any, adapters: list[AdapterArgument], strict: bool) -> list[LoadReport]:
+    """Load adapters under names made from their files' names.
+
+    Raises:
+        AdapterError, OSError: as `load_adapter`.
+    """
+    from ..diffusion import load_adapter
+
+    reports: list[LoadReport] = []
+    for adapter in adapters:
+        stem = re.sub(r"\W+", "_", Path(adapter.source).stem) or "adapter"
+        taken = {r.adapter_name for r in reports}
+        name = next(n for i in range(len(adapters) + 1) if (n := f"{stem}_{i}" if i else stem) not in taken)
+        reports.append(load_adapter(pipe, adapter.source, name, adapter.weight, strict=strict))
+    return reports
+
+
+def summary(report: LoadReport) -> dict[str, Any]:
+    """A report as plain values, modules counted instead of listed."""
+    return {k: v for k, v in report.to_dict().items() if k != "matched"}
+
+
+def show(reports: list[LoadReport]) -> None:
+    """Print reports for people."""
+    console = Console(highlight=False)
+    for report in reports:
+        console.print(str(report), markup=False)
