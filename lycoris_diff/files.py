@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .adapters.base import ADAPTERS
 from .adapters.config import AdapterConfig
-from .errors import CheckpointError
+from .errors import AdapterError, CheckpointError
 from .injection import (
     attach,
     check_new_name,
@@ -26,6 +27,7 @@ from .peft_format import compact_state_dict, config_from_dict, config_to_dict, g
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+MAX_JSON = 2**24
 
 
 def save_adapter_directory(
@@ -38,19 +40,21 @@ def save_adapter_directory(
     """Write one adapter; each file appears whole or not at all.
 
     Raises:
-        AdapterError: no such adapter, or ``state_dict`` lacks its tensors.
+        AdapterError: no such adapter, one from a community file, or ``state_dict`` lacks its tensors.
     """
     tensors = get_peft_model_state_dict(base, state_dict, name)
     state = state_of(base)
     assert state is not None
     config = state.configs[name]
+    if config.peft_name not in ADAPTERS:
+        raise AdapterError(f"adapter {name!r} comes from a file and has no config of one kind; use save_adapter(pipe, ...)")
     if compact:
         tensors = compact_state_dict(base, tensors, name)
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config_to_dict(config, base, name, compact), indent=2, sort_keys=True)
     ready = {k: v.cpu().contiguous().clone() for k, v in tensors.items()}
-    with _replacing(folder / WEIGHTS_NAME) as weights, _replacing(folder / CONFIG_NAME) as settings:
+    with replacing(folder / WEIGHTS_NAME) as weights, replacing(folder / CONFIG_NAME) as settings:
         save_file(ready, weights, metadata={"format": "pt"})
         Path(settings).write_text(text + "\n", encoding="utf-8")
 
@@ -100,11 +104,26 @@ def read_config(path: str | os.PathLike[str]) -> AdapterConfig:
     Raises:
         CheckpointError: it is not JSON, or not a config this library can use.
     """
+    return config_from_dict(read_json(path), os.fspath(path))
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The object in a JSON file of at most `MAX_JSON` bytes.
+
+    Raises:
+        CheckpointError: it is larger, not JSON, or no object. OSError: it cannot be opened.
+    """
+    text = os.fspath(path)
+    size = os.stat(path).st_size
+    if size > MAX_JSON:
+        raise CheckpointError(f"{text} has {size:,} bytes; a config has at most {MAX_JSON:,}")
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{os.fspath(path)} is not JSON: {error}") from error
-    return config_from_dict(values, os.fspath(path))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{text} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{text} holds a {type(values).__name__}; expected an object with the fields of a config")
+    return values
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -162,14 +181,17 @@ def locate_files(source: str | os.PathLike[str], need_config: bool = True, **hub
     return download(CONFIG_NAME) if need_config else Path(CONFIG_NAME), download(WEIGHTS_NAME)
 
 
-class _replacing:
+class replacing:
     """A temporary file beside the target that takes its place when the block ends well, and vanishes otherwise."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
 
     def __enter__(self) -> str:
-        handle, self.temporary = tempfile.mkstemp(prefix=f".{self.target.name}.", dir=self.target.parent)
+        try:
+            handle, self.temporary = tempfile.mkstemp(prefix=f".{self.target.name}.", dir=self.target.parent)
+        except OSError as error:  # which names the temporary file
+            raise type(error)(error.errno, error.strerror, os.fspath(self.target)) from error
         os.close(handle)
         return self.temporary
 

@@ -255,12 +255,15 @@ def attach(
         state.biases = BiasSet.begin(model, config, name)
 
 
-def detach(model: nn.Module, name: str) -> None:
-    """Take one adapter out; layers without adapters become the base layers again."""
+def detach(model: nn.Module, name: str, successor: bool = True) -> None:
+    """Take one adapter out; layers without adapters become the base layers again.
+
+    ``successor`` activates the first adapter left when the only active one goes, as PEFT does.
+    """
     state = state_of(model)
     assert state is not None
     if state.biases is not None and state.biases.owner == name:
-        merged = [(layer, layer.merged) for _, layer in adapted_layers(model) if layer.merged]
+        merged = [(layer, layer.held) for _, layer in adapted_layers(model) if layer.held]
         for layer, _ in merged:  # merged values may include biases
             layer.unmerge()
         state.biases.use(model, trained=False)
@@ -283,7 +286,9 @@ def detach(model: nn.Module, name: str) -> None:
             swaps[module] = module.original_module
     replace_modules(model, swaps)
     del state.configs[name]
-    rest = [n for n in state.active if n != name] or list(state.configs)[:1]
+    rest = [n for n in state.active if n != name]
+    if successor and not rest and name in state.active:
+        rest = list(state.configs)[:1]
     if state.configs:
         set_active(model, rest)
     else:

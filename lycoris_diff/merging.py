@@ -42,7 +42,7 @@ def mergeable_layers(model: nn.Module, names: Sequence[str], safe: bool) -> list
         if not layer.has_plain_weight:
             raise AdapterError(f"{path!r} ({type(layer.base_layer).__name__}) has a packed weight; it cannot be merged into")
         if safe:
-            every = [n for n in dict.fromkeys((*layer.merged, *names)) if n in layer.adapters]
+            every = [n for n in dict.fromkeys((*layer.held, *names)) if n in layer.adapters]
             values = [v for v in layer.merged_tensors(every).values() if v is not None]
             if not all(bool(torch.isfinite(v).all()) for v in values):
                 raise AdapterError(

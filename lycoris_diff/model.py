@@ -217,7 +217,7 @@ class AdapterModel(TransparentWrapper):
         names = self._names(adapter_names)
         layers = mergeable_layers(self.model, names, safe_merge)
         for layer in layers:
-            layer.merge(dict.fromkeys((*layer.merged, *names)))
+            layer.merge(dict.fromkeys((*layer.held, *names)))
 
     def unmerge_adapter(self) -> None:
         """Put the original weights back, bit for bit."""

@@ -243,3 +243,13 @@ def test_loading_under_a_taken_name(tmp_path):
             model.load_adapter(tmp_path, name)
         assert_untouched(model, before)
     assert len(adapted_layers(model)) == 3
+
+
+def test_config_of_deep_or_endless_json(tmp_path):
+    from lycoris_diff.files import MAX_JSON, read_json
+
+    path = tmp_path / "adapter_config.json"
+    for text, complaint in (("[" * 100_000, "is not JSON"), ("[]", "holds a list"), (" " * (MAX_JSON + 1), "bytes")):
+        path.write_text(text)
+        with pytest.raises(CheckpointError, match=complaint):
+            read_json(path)

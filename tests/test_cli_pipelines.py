@@ -107,3 +107,36 @@ def test_help_is_complete(capsys):
             main([command, "--help"])
         text = capsys.readouterr().out
         assert "--adapter FILE[:WEIGHT]" in text and "--json" in text and "--out" in text
+
+
+def test_bad_usage_is_found_before_anything_is_made(tmp_path, capsys):
+    common = ["generate", "--model", "tiny", "--prompt", "x", "--steps", "1"]
+    for arguments, word in (
+        (["--out", str(tmp_path / "cat")], ".png"),
+        (["--out", str(tmp_path / "cat.xyz")], ".png"),
+        (["--out", str(tmp_path / "c.png"), "--guidance", "nan"], "finite"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main([*common, *arguments])
+        assert caught.value.code == 2 and word in capsys.readouterr().err
+    (tmp_path / "d.png").mkdir()
+    assert main([*common, "--out", str(tmp_path / "d.png")]) == 1
+    assert "directory" in capsys.readouterr().err
+    assert main([*common, "--out", str(tmp_path / "c.png"), "--offload", "sequential", "--device", "cpu"]) == 1
+    assert "leave it out" in capsys.readouterr().err
+
+
+def test_models_that_are_none(tmp_path, capsys):
+    for name in ("nowhere", "broken"):
+        (tmp_path / "broken").mkdir(exist_ok=True)
+        (tmp_path / "broken" / "model_index.json").write_text('{"_class_name": "NoSuchPipeline", "_diffusers_version": "0.42"}')
+        out = str(tmp_path / "c.png")
+        assert main(["generate", "--model", str(tmp_path / name), "--prompt", "x", "--out", out]) == 1
+        error = capsys.readouterr().err
+        assert str(tmp_path / name) in error and "Traceback" not in error
+
+
+def test_a_weight_beyond_all_numbers(file, tmp_path, capsys):
+    path, _ = file
+    assert main(["merge", "--model", "tiny", "--adapter", f"{path}:1e300", "--out", str(tmp_path / "m")]) == 1
+    assert "finite" in capsys.readouterr().err and not (tmp_path / "m").exists()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 from namecases import layers
 from torch import nn
 
@@ -30,7 +29,9 @@ def test_every_module_is_reached_under_every_name_and_no_two_flatten_alike(base:
 
 
 @pytest.mark.parametrize("scheme", naming.SCHEMES)
-@pytest.mark.parametrize("base", ["sd15", "sd21", "sdxl", "sd3", "sd35-medium", "flux", "flux2", "wan", "z-image", "lumina2"])
+@pytest.mark.parametrize(
+    "base", ["sd15", "sd21", "sdxl", "sd3", "sd35-medium", "flux", "flux2", "wan", "z-image", "lumina2", "hunyuan-video"]
+)
 def test_what_is_written_is_read(base: str, scheme: str) -> None:
     indexes = known_base(base)
     stems: dict[str, tuple[str, tuple[Part, ...]]] = {}
@@ -59,6 +60,13 @@ def test_what_is_written_is_read(base: str, scheme: str) -> None:
         ("kohya-diffusers", "sdxl", "unet", "down_blocks.1.resnets.0.conv1", "lora_unet_down_blocks_1_resnets_0_conv1"),
         ("kohya", "sdxl", "text_encoder", "encoder.layers.0.mlp.fc1", "lora_te1_text_model_encoder_layers_0_mlp_fc1"),
         ("kohya", "sdxl", "text_encoder_2", "text_projection", "lora_te2_text_projection"),
+        (
+            "kohya",
+            "hunyuan-video",
+            "text_encoder_2",
+            "encoder.layers.0.mlp.fc1",
+            "lora_te2_text_model_encoder_layers_0_mlp_fc1",
+        ),
         ("kohya", "sd3", "transformer", "transformer_blocks.0.attn.to_k", "lora_unet_joint_blocks_0_x_block_attn_qkv"),
         ("kohya", "flux", "transformer", "transformer_blocks.3.attn.to_k", "lora_unet_double_blocks_3_img_attn_qkv"),
         ("kohya", "z-image", "transformer", "layers.0.attention.to_q", "lora_unet_layers_0_attention_to_q"),
@@ -275,30 +283,3 @@ def test_a_pipeline_directory_is_read_without_weights(tmp_path) -> None:
     (tmp_path / "unet" / "config.json").write_text('{"layers_per_block": "many"}')
     with pytest.raises(CheckpointError, match="UNet2DConditionModel cannot be built from its configuration"):
         known_base(str(tmp_path))
-
-
-@pytest.mark.parametrize(
-    ("algorithm", "shapes", "size"),
-    [
-        ("LOHA", {"hada_w1_a": (6, 2), "hada_w1_b": (2, 8)}, (6, 8)),
-        ("LOHA", {"hada_w1_a": (2, 6), "hada_w1_b": (2, 8), "hada_t1": (2, 2, 3, 3)}, (6, 72)),
-        ("LOKR", {"lokr_w1": (2, 4), "lokr_w2": (3, 2, 3)}, (6, 24)),
-        (
-            "LOKR",
-            {"lokr_w1_a": (2, 1), "lokr_w1_b": (1, 4), "lokr_w2_a": (2, 3), "lokr_w2_b": (2, 2), "lokr_t2": (2, 2, 3)},
-            (6, 24),
-        ),
-        ("LOKR", {"lokr_w1": (2, 4), "lokr_w2_a": (3, 1), "lokr_w2_b": (1, 6)}, (6, 24)),
-        ("FULL", {"diff_b": (6,)}, (6, None)),
-        ("NORM", {"w_norm": (6,)}, (6, None)),
-        ("DIAG_OFT", {"oft_blocks": (2, 3, 3)}, (6, None)),
-        ("LYCORIS_BOFT", {"oft_blocks": (4, 2, 3, 3)}, (6, None)),
-        ("MISS", {"miss_block": (2, 3, 3)}, (6, None)),
-        ("LOKR", {"lokr_w2": (2, 2)}, (None, None)),
-        ("NEW", {}, (None, None)),
-    ],
-)
-def test_size_that_factors_make(
-    algorithm: str, shapes: dict[str, tuple[int, ...]], size: tuple[int | None, int | None]
-) -> None:
-    assert naming.factor_size(algorithm, {name: torch.zeros(shape) for name, shape in shapes.items()}) == size

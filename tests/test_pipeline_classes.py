@@ -166,3 +166,31 @@ def test_mixin_saves(tmp_path):
     assert pipe.get_active_adapters() == ["a", "b"]
     with pytest.raises(AdapterError, match="which adapter"):
         pipe.save_lora_weights(tmp_path / "out")
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_trained_biases_are_not_lost_in_silence(bias, tmp_path):
+    pipe = pipeline("sd15")
+    config = lycoris_diff.LoraConfig(r=2, target_modules=["to_out.0"], bias=bias)
+    lycoris_diff.inject_adapter(pipe.unet, config, "mine")
+    with pytest.raises(AdapterError, match=r"biases of the unet .*save_pretrained"):
+        save_adapter(pipe, tmp_path / "mine.safetensors", "mine")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, "fp16"])
+def test_dtypes_that_hold_no_factors(dtype, tmp_path):
+    pipe = pipeline("sd15")
+    lycoris_diff.inject_adapter(pipe.unet, lycoris_diff.LoraConfig(r=2, target_modules=["to_q"]), "mine")
+    with pytest.raises(AdapterError, match="dtype"):
+        save_adapter(pipe, tmp_path / "mine.safetensors", "mine", dtype=dtype)
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_place_and_not_a_temporary_file_is_named(tmp_path):
+    pipe = pipeline("sd15")
+    lycoris_diff.inject_adapter(pipe.unet, lycoris_diff.LoraConfig(r=2, target_modules=["to_q"]), "mine")
+    path = Path("/proc/mine.safetensors")  # where nobody may write
+    if path.parent.is_dir():
+        with pytest.raises(OSError, match=f"'{path}'"):
+            save_adapter(pipe, path, "mine")

@@ -660,3 +660,116 @@ def test_other_precisions(dtype, tmp_path):
     assert (latents(pipe, latents=noise.to(dtype)) - expected).norm() < 2 * rounding
     fuse_adapters(pipe)
     assert (latents(pipe, latents=noise.to(dtype)) - expected).norm() < 2 * rounding
+
+
+def test_what_is_loaded_while_disabled_stays_off(tmp_path):
+    pipe = pipeline("sd15")
+    before = latents(pipe)
+    path = tmp_path / "a.safetensors"
+    make_file(path, pipe)
+    load_adapter(pipe, path, "a")
+    disable_adapters(pipe)
+    load_adapter(pipe, path, "b")
+    assert torch.equal(latents(pipe), before)
+    enable_adapters(pipe)
+    assert active_adapters(pipe) == ["a", "b"] and not torch.equal(latents(pipe), before)
+
+
+# --- what users do that nobody planned -------------------------------------------------------------------------------------
+def test_deleting_activates_nothing_else(mixed, tmp_path, monkeypatch):
+    pipe, base, _ = mixed
+    set_adapters(pipe, {"style": 1.0})
+    delete_adapter(pipe, "style")
+    assert active_adapters(pipe) == [] and torch.equal(latents(pipe), latents(base))
+    delete_adapter(pipe, "subject")
+    assert active_adapters(pipe) == []
+    # nor does a load that fails half-way
+    from lycoris_diff.diffusion import loading
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    make_file(tmp_path / "x.safetensors", base, "lora", take=lambda p: "attn1" in p)
+    monkeypatch.setattr(loading, "remember", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        load_adapter(pipe, tmp_path / "x.safetensors", "x")
+    assert list_adapters(pipe) == ["light"] and active_adapters(pipe) == []
+
+
+def test_changes_while_disabled_wait(mixed):
+    pipe, base, changes = mixed
+    off = latents(base)
+    set_adapters(pipe, {"style": 1.0})
+    disable_adapters(pipe)
+    fuse_adapters(pipe)
+    assert torch.equal(latents(pipe), off)
+    enable_adapters(pipe)
+    assert fused_adapters(pipe) == ["style"]
+    disable_adapters(pipe)
+    set_adapters(pipe, {"light": 1.0})
+    assert torch.equal(latents(pipe), off)
+    enable_adapters(pipe)
+    assert fused_adapters(pipe) == [] and close(latents(pipe), latents(with_changes(base, (changes["light"], 1.0))))
+    fuse_adapters(pipe)
+    disable_adapters(pipe)
+    unfuse_adapters(pipe)
+    enable_adapters(pipe)
+    assert fused_adapters(pipe) == []
+    fuse_adapters(pipe)
+    disable_adapters(pipe)
+    delete_adapter(pipe, "light")
+    enable_adapters(pipe)
+    unload_adapters(pipe)
+    untouched(pipe, weights_of(base), fingerprint(base))
+
+
+def test_fused_projections_are_not_bypassed_in_silence(tmp_path):
+    pipe = pipeline("sd15")
+    make_file(tmp_path / "a.safetensors", pipe, "lora", take=lambda p: p.endswith("attn1.to_q"))
+    pipe.fuse_qkv_projections(vae=False)
+    with pytest.raises(LoadError, match="unfuse_qkv_projections"):
+        load_adapter(pipe, tmp_path / "a.safetensors")
+    pipe.unfuse_qkv_projections(vae=False)
+    base = latents(pipe)
+    load_adapter(pipe, tmp_path / "a.safetensors")
+    assert not close(latents(pipe), base)
+    with pytest.raises(AdapterError, match="merge_adapters"):
+        pipe.fuse_qkv_projections(vae=False)
+    unload_adapters(pipe)
+    pipe.fuse_qkv_projections(vae=False)
+
+
+@pytest.mark.parametrize(
+    "source, word",
+    [
+        (None, "None"),
+        (5, "source is 5"),
+        ("", "source is ''"),
+        ({"unet": {}}, "dict of torch tensors"),
+        ({1: torch.zeros(2)}, "dict of torch tensors"),
+        ({"lora_unet_conv_in.lora_down.weight": torch.zeros(2, device="meta")}, "meta"),
+        ({"lora_unet_conv_in.lora_down.weight": torch.zeros(2, dtype=torch.complex64)}, "complex64"),
+        ({"lora_unet_conv_in.lora_down.weight": torch.zeros(2, 2).to_sparse()}, "sparse"),
+    ],
+)
+def test_sources_of_another_kind(source, word):
+    with pytest.raises(CheckpointError, match=word):
+        load_adapter(pipeline("sd15"), source)
+
+
+def test_refusal_says_what_was_left_out(tmp_path):
+    pipe = pipeline("sd15")
+    make_file(tmp_path / "a.safetensors", pipe, "lora", take=lambda p: p.endswith("attn1.to_q"))
+    with pytest.raises(LoadError, match=r"left out on request: 16 modules of unet"):
+        load_adapter(pipe, tmp_path / "a.safetensors", components=["text_encoder"])
+
+
+def test_numbers_as_weights(mixed):
+    import numpy as np
+
+    pipe, _, _ = mixed
+    set_adapters(pipe, {"style": np.float32(0.5)})
+    before = explain(pipe)
+    with pytest.raises(AdapterError, match="finite"):
+        set_adapters(pipe, {"style": 1e300})
+    assert explain(pipe) == before

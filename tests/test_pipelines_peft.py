@@ -8,6 +8,7 @@ import inspect
 import pytest
 import torch
 from pipelinefiles import make_file, with_changes
+from safetensors.torch import load_file
 from smallpipelines import latents, pipeline, same_weights, weights_of
 from test_pipelines import close, fingerprint, untouched
 
@@ -194,6 +195,15 @@ def test_drop_in_methods(dropin, files, tmp_path):
     assert pipe.get_active_adapters() == [] and pipe.get_list_adapters() == {}
 
 
+def test_tensors_in_a_dict(dropin, files):
+    base, own, ours, _, _ = files
+    pipe = dropin
+    tensors = load_file(own)
+    report = pipe.load_lora_weights(tensors, adapter_name="a")
+    assert report.source == f"a dict of {len(tensors)} tensors"
+    assert close(latents(pipe), latents(with_changes(base, (ours, 1.0))))
+
+
 def test_scale_of_a_call(dropin, files):
     base, own, ours, _, _ = files
     pipe = dropin
@@ -206,7 +216,7 @@ def test_scale_of_a_call(dropin, files):
 
 def test_drop_in_refusals(dropin, files):
     pipe, own = dropin, files[1]
-    with pytest.raises(AdapterError, match="dict"):
+    with pytest.raises(AdapterError, match="no adapter that can be read"):
         pipe.load_lora_weights({"a": torch.ones(1)})
     with pytest.raises(AdapterError, match="hotswap"):
         pipe.load_lora_weights(own, hotswap=True)
@@ -249,3 +259,15 @@ def test_saved_pipelines_are_the_stock_ones(dropin, files, tmp_path):
     assert type(again) is StableDiffusionPipeline
     again.set_progress_bar_config(disable=True)
     assert torch.equal(latents(again), latents(base))
+
+
+def test_names_that_peft_has(files):
+    from lycoris_diff import StableDiffusionLycorisPipeline
+
+    base, own, _, foreign, _ = files
+    pipe = copy.deepcopy(base)
+    pipe.load_lora_weights(foreign)
+    with pytest.raises(AdapterError, match="PEFT has an adapter 'default_0'"):
+        load_adapter(pipe, own, "default_0")
+    dropin = StableDiffusionLycorisPipeline(**pipe.components, requires_safety_checker=False)
+    assert dropin.load_lora_weights(own).adapter_name == "default_1"

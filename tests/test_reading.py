@@ -118,7 +118,7 @@ SPELLINGS = {
     ),
     "old text encoder": (
         "text_encoder.text_model.q_proj.lora_linear_layer.up.weight",
-        "text_encoder.text_model.q_proj.lora_linear_layer.down.weight", "text_model.q_proj", "processors",
+        "text_encoder.text_model.q_proj.lora_linear_layer.down.weight", "text_model.q_proj", "diffusers",
     ),
     "xlabs": (
         "double_blocks.0.processor.qkv_lora1.up.weight", "double_blocks.0.processor.qkv_lora1.down.weight",
@@ -158,7 +158,7 @@ def test_every_spelling_of_lora_is_the_same_adapter(case):
         ("lora_unet_a", ("unet", "transformer")),
         ("lora_te_a", ("text_encoder",)),
         ("lora_te2_a", ("text_encoder_2",)),
-        ("lora_te3_a", ("text_encoder_3", "text_encoder_2")),
+        ("lora_te3_a", ("text_encoder_3", "text_encoder_2", "text_encoder")),
         ("lycoris_a", ()),
         ("transformer_2.a", ("transformer_2",)),
         ("base_model.model.a", ()),

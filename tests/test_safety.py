@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from lycoris_diff import convert_checkpoint, inspect_checkpoint
 from lycoris_diff.checkpoints import safety
 from lycoris_diff.checkpoints.parse import read_raw
-from lycoris_diff.checkpoints.safety import non_finite, read_header, read_safetensors
+from lycoris_diff.checkpoints.safety import non_finite_factors, read_header, read_safetensors
 from lycoris_diff.errors import CheckpointError
 
 DOWN, UP = "lora_unet_x.lora_down.weight", "lora_unet_x.lora_up.weight"
@@ -96,6 +97,52 @@ def test_zero_sized_tensors_make_no_adapter(tmp_path):
     header = {DOWN: entry([0, 10**12], 0, 0), UP: entry([6, 0], 0, 0)}
     with pytest.raises(CheckpointError, match="holds nothing"):
         read_raw(crafted(tmp_path / "empty.safetensors", header))
+
+
+X = "transformer.nowhere.x"
+#: small factors of changes with 2e8 values and more, on a layer that nobody knows -> norm of the change
+LARGE = {
+    "LoHa": (
+        {f"{X}.hada_w{k}_{x}": torch.ones((15_000, 25) if x == "a" else (25, 15_000)) for k in "12" for x in "ab"},
+        625 * 1.5e4,
+    ),
+    "LoRA of large rank": ({f"{X}.lora_up.weight": torch.ones(1, 40_000), f"{X}.lora_down.weight": torch.ones(40_000, 1)}, 4e4),
+    "LoKr": (
+        {f"{X}.lokr_w1_a": torch.ones(40_000, 1), f"{X}.lokr_w1_b": torch.ones(1, 40_000), f"{X}.lokr_w2": torch.ones(1, 1)},
+        4e4,
+    ),
+    "core": (
+        {
+            f"{X}.lora_up.weight": torch.ones(4, 10, 1, 1),
+            f"{X}.lora_down.weight": torch.ones(10, 40_000, 1, 1),
+            f"{X}.lora_mid.weight": torch.ones(10, 10, 200, 20),
+        },
+        100 * (4 * 40_000 * 4000) ** 0.5,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", LARGE)
+def test_small_factors_of_large_products_cost_no_memory(kind, tmp_path):
+    tensors, norm = LARGE[kind]
+    save_file(tensors, tmp_path / "large.safetensors")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    report = inspect_checkpoint(tmp_path / "large.safetensors")
+    assert report.base_model == "" and report.blocks[0].norm == pytest.approx(norm, rel=1e-4)
+    if kind in ("LoKr", "core"):
+        with pytest.raises(CheckpointError, match="more than the"):
+            convert_checkpoint(tmp_path / "large.safetensors", tmp_path / "out.safetensors", "onetrainer")
+        assert not (tmp_path / "out.safetensors").exists()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400 * 1024  # KiB
+
+
+def test_oft_lists_cannot_ask_for_large_blocks(tmp_path, monkeypatch):
+    stem = "oft_unet_single_blocks_0_linear1.oft_blocks"
+    save_file({f"{stem}.0": torch.randn(1, 8, 8), f"{stem}.1": torch.randn(16, 2, 2)}, tmp_path / "lists.safetensors")
+    assert read_raw(tmp_path / "lists.safetensors").modules[0].entries[0].tensors["oft_blocks"].shape == (5, 8, 8)
+    monkeypatch.setattr(safety, "MAX_PRODUCT", 5 * 8 * 8 - 1)
+    with pytest.raises(CheckpointError, match="more than the"):
+        read_raw(tmp_path / "lists.safetensors")
 
 
 def test_too_large_a_header_and_too_many_tensors(tmp_path, monkeypatch):
@@ -195,10 +242,11 @@ def test_modules_with_non_finite_factors_are_named(dtype, bad, tmp_path):
     tensors |= {k.replace("_x.", "_y."): v.clone() for k, v in tensors.items()}
     tensors["lora_unet_y.lora_up.weight"][3, 2] = bad
     save_file({k: v.to(dtype) for k, v in tensors.items()}, tmp_path / "bad.safetensors")
-    assert non_finite(read_raw(tmp_path / "bad.safetensors").modules) == {"y": ["lora_B.weight"]}
+    found = {m.name: non_finite_factors(m.entries[0]) for m in read_raw(tmp_path / "bad.safetensors").modules}
+    assert found == {"x": [], "y": ["lora_B.weight"]}
 
 
 def test_whole_files_are_finite(tmp_path):
     save_file(lora() | {"lora_unet_x.alpha": torch.tensor(4)}, tmp_path / "good.safetensors", metadata={"a": "b"})
     raw = read_raw(tmp_path / "good.safetensors")
-    assert non_finite(raw.modules) == {} and raw.metadata == {"a": "b"}
+    assert non_finite_factors(raw.modules[0].entries[0]) == [] and raw.metadata == {"a": "b"}

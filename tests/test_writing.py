@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from writingcases import community, pipeline_directory, worst
 
+from lycoris_diff import AdaptedLayer, MissConfig, ShiraConfig, get_peft_model, load_adapter, save_adapter
 from lycoris_diff.checkpoints.build import config_of
 from lycoris_diff.checkpoints.checkpoint import Checkpoint, Entry
 from lycoris_diff.checkpoints.convert import convert_checkpoint
@@ -23,6 +24,7 @@ from lycoris_diff.checkpoints.read import read_checkpoint
 from lycoris_diff.checkpoints.write import write_checkpoint
 from lycoris_diff.errors import CheckpointError
 from lycoris_diff.naming import known_base
+from lycoris_diff.tiny import build_pipeline
 
 FORMATS = ("kohya", "lycoris", "peft", "diffusers", "comfyui", "ai-toolkit", "onetrainer")
 #: what each format has a place for, by the first word of the algorithm's name; the rest must be refused
@@ -482,3 +484,23 @@ class TestAtomic:
                 with pytest.raises(OSError, match="no space"):
                     write_checkpoint(ckpt, out, format)
             assert {p: p.read_bytes() for p in out.parent.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("algorithm", ["miss", "shira"])
+def test_a_weighted_sum_of_what_has_no_alpha(algorithm, tmp_path):
+    """Its weights go into the factors."""
+    config = {"miss": MissConfig, "shira": ShiraConfig}[algorithm]
+    pipe, other = build_pipeline(), build_pipeline()
+    model = get_peft_model(pipe.unet, config(r=2, target_modules="attention"), "a")
+    model.add_adapter("b", config(r=4, target_modules="attention"))
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if algorithm in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.add_weighted_adapter(["a", "b"], [0.5, -0.3], "sum")
+    save_adapter(pipe, tmp_path / "sum", "sum", format="peft")
+    load_adapter(other, tmp_path / "sum", "sum")
+    want, got = ({n: m for n, m in p.unet.named_modules() if isinstance(m, AdaptedLayer)} for p in (pipe, other))
+    assert want and want.keys() == got.keys()
+    for name, layer in want.items():
+        torch.testing.assert_close(got[name].get_delta_weight("sum"), layer.get_delta_weight("sum"), rtol=1e-6, atol=1e-7)

@@ -26,6 +26,7 @@ from .slices import (
     has_column_dora,
     layout,
     row_count,
+    strength_factor,
     swap_halves,
     take_rows,
     times,
@@ -36,8 +37,6 @@ __all__ = ["fuse_modules", "fuse_rows", "row_count", "swap_halves", "take_rows"]
 
 #: row factors that leave the weight alone at another value than zero
 _IDENTITY = {"rescale": 1.0}
-#: a factor that takes up a difference in strength
-_STRENGTH = {"LORA": "lora_B.weight", "LOHA": "hada_w1_a", "SHIRA": "shira_weight"}
 #: options that the parts of a whole may differ in, and that are seen to where they are put together
 _OWN_OPTIONS = ("rows", "constraint")
 
@@ -171,7 +170,7 @@ def _one_scale(parts: list[Entry]) -> list[Entry]:
     out = []
     for part in parts:
         if part.scale != scale:
-            name = first_half(part) if part.algorithm == "LOKR" else _STRENGTH.get(part.algorithm)
+            name = strength_factor(part)
             if name is None:
                 raise CheckpointError(
                     f"{part.algorithm}: the parts have the strengths {scale:g} and {part.scale:g}; {KEEP_NAMES}"

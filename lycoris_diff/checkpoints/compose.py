@@ -126,7 +126,7 @@ def provisional_indexes(ckpt: Checkpoint, target: Format) -> dict[str, NameIndex
         style = target.style(component, "", {})
         dotted = any("." in path for path in modules)
         scheme = style.scheme if style else ""
-        same = ckpt.dialect.split("-")[0] == target.name
+        same = ckpt.dialect == target.name or ckpt.dialect.startswith(f"{target.name}-")
         if not same and (scheme not in _NEED_NO_BASE or (not dotted and scheme != "lycoris")):
             raise CheckpointError(
                 f"the base model is not known, and {target.name} names of modules such as {next(iter(modules), '')!r} do not "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -13,23 +12,22 @@ from typing import Any
 from ..adapters.combined import CombinedConfig
 from ..adapters.config import AdapterConfig
 from ..errors import CheckpointError
+from ..files import read_json
 from ..injection import layer_config
+from ..naming import COMPONENTS
 from ..peft_format import config_from_dict
 from .alpha import Notes, json_object
 from .decode import LayerConfig
 
 #: model class in ``auto_mapping`` -> component
-_COMPONENTS = (
+_CLASSES = (
     ("UNet", "unet"),
     ("CLIPTextModelWithProjection", "text_encoder_2"),
     ("CLIPTextModel", "text_encoder"),
     ("T5EncoderModel", "text_encoder_3"),
     ("Transformer", "transformer"),
 )
-_DIRECTORIES = (
-    "unet", "transformer", "transformer_2", "prior", "text_encoder", "text_encoder_2", "text_encoder_3",
-)  # fmt: skip
-#: components by which diffusers prefixes its metadata
+#: configs that diffusers writes, their fields prefixed by the component
 _METADATA_KEY = "lora_adapter_metadata"
 
 
@@ -77,7 +75,7 @@ class FileConfig:
         """The component that the model class in the config is, empty when it does not say."""
         mapping = self.values.get("auto_mapping")
         name = str(mapping.get("base_model_class", "")) if isinstance(mapping, dict) else ""
-        return next(((component,) for part, component in _COMPONENTS if part in name), ())
+        return next(((component,) for part, component in _CLASSES if part in name), ())
 
     def trains_fully(self, key: str) -> str:
         """Why a tensor that is no factor is in the file, "" when the config does not say."""
@@ -96,12 +94,7 @@ def read_config_file(path: Path) -> FileConfig:
     Raises:
         CheckpointError: it is not JSON, or says something that the factors cannot be read by.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
+    values = read_json(path)
     return FileConfig(_config(values, str(path)), "config", values)
 
 
@@ -110,7 +103,7 @@ def metadata_configs(metadata: Mapping[str, str], notes: Notes) -> dict[str, Fil
     by_component: dict[str, dict[str, Any]] = {}
     for key, value in json_object(metadata.get(_METADATA_KEY, "")).items():
         component, _, field = key.partition(".")
-        if field and component in _DIRECTORIES:
+        if field and component in COMPONENTS:
             by_component.setdefault(component, {})[field] = value
     found: dict[str, FileConfig] = {}
     for component, values in by_component.items():
@@ -124,7 +117,7 @@ def metadata_configs(metadata: Mapping[str, str], notes: Notes) -> dict[str, Fil
 
 def directory_component(folder: Path) -> tuple[str, ...]:
     """The component a directory is named after, empty when it has another name."""
-    return (folder.name,) if folder.name in _DIRECTORIES else ()
+    return (folder.name,) if folder.name in COMPONENTS else ()
 
 
 def _config(values: Mapping[str, Any], source: str) -> AdapterConfig:

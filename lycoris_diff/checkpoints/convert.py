@@ -13,6 +13,7 @@ import torch
 
 from ..errors import AdapterError, CheckpointError
 from ..files import CONFIG_NAME
+from ..naming import COMPONENTS
 from .checkpoint import Checkpoint
 from .compose import Progress
 from .formats import format_named
@@ -21,8 +22,6 @@ from .peft_directory import EXTRAS_NAME
 from .read import read_checkpoint
 from .whole import read_whole
 from .write import WriteReport, write_checkpoint
-
-_COMPONENTS = ("unet", "transformer", "transformer_2", "prior", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 @dataclass
@@ -110,7 +109,9 @@ def convert_checkpoint(
     jobs = _jobs(source, target, format)
     for job, out in jobs:
         if not overwrite and _same(job, out):
-            raise CheckpointError(f"{out} is the file that is read; write to another place, or pass overwrite=True")
+            raise CheckpointError(
+                f"{out} is the file that is read; write to another place, or pass overwrite=True (--overwrite)"
+            )
     report = ConvertReport(format)
     for number, (job, out) in enumerate(jobs):
         if on_file is not None:
@@ -148,7 +149,7 @@ def _convert(
         more = f"; and {len(lost) - 5} more" if len(lost) > 5 else ""
         raise CheckpointError(
             f"{source}: {len(lost)} names cannot be converted: {'; '.join(lost[:5])}{more}. Give the right base model, or "
-            "convert the rest with strict=False"
+            "convert the rest with strict=False (--partial)"
         )
     row.notes += [f"left out: {text}" for text in lost]
     bad = broken_modules(ckpt)
@@ -189,7 +190,7 @@ def _jobs(source: Path, target: Path, format: str) -> list[tuple[Path, Path]]:
 
 def _is_adapter(folder: Path) -> bool:
     """A PEFT directory, or one of PEFT directories named as components."""
-    return (folder / CONFIG_NAME).is_file() or any((folder / name / CONFIG_NAME).is_file() for name in _COMPONENTS)
+    return (folder / CONFIG_NAME).is_file() or any((folder / name / CONFIG_NAME).is_file() for name in COMPONENTS)
 
 
 def _adapters(folder: Path, target: Path) -> list[Path]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from ..adapters.base import ADAPTERS
 from ..adapters.config import AdapterConfig
 from ..errors import CheckpointError
 from .alpha import SCALED, Claim, Notes, Strength, TrainingArgs, compare, resolve, scalar
@@ -23,8 +24,6 @@ _SHOWN_BY = {
     "ia3": ("on_input", "ia3_weight"),
     "full": ("diff",),
 }
-#: algorithms that DoRA can decompose, and the name of their magnitude
-_MAGNITUDES = {"LORA": "lora_magnitude_vector", "LOHA": "dora_scale", "LOKR": "dora_scale"}
 #: tensors that keep their type
 _RAW_ROLES = ("shira_indices", "shira_gaps", "bias_indices", "bias_size", "scaled")
 
@@ -216,13 +215,14 @@ def _decompose(draft: Draft, shared: dict[str, Tensor], layer: LayerConfig | Non
         if layer is not None and getattr(layer.config, "weight_decompose", False):
             raise CheckpointError("the config says DoRA, but there is no magnitude")
         return
-    if len(magnitudes) > 1 or draft.algorithm not in _MAGNITUDES:
+    name = ADAPTERS[draft.algorithm].magnitude_name
+    if len(magnitudes) > 1 or not name:
         fault = "two magnitudes" if len(magnitudes) > 1 else f"a DoRA magnitude beside {draft.algorithm}"
         raise CheckpointError(f"{fault}; no program writes that")
     value = magnitudes[0] if magnitudes[0].is_floating_point() else magnitudes[0].float()
     axis = _axis(value, draft, "dora_scale" in shared)
     draft.options |= {"weight_decompose": True, "dora_axis": axis}
-    draft.tensors[_MAGNITUDES[draft.algorithm]] = _magnitude(value, draft, axis)
+    draft.tensors[name] = _magnitude(value, draft, axis)
 
 
 def _axis(value: Tensor, draft: Draft, by_shape: bool) -> str:

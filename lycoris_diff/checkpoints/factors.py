@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..functional import oft
 from . import lowrank
 from .drafts import Draft, Hints, Roles, from_config, need, same, vector
+from .safety import expect_small
 
 _OFT_OPTIONS = ("scaled", "block_share", "use_cayley_neumann", "num_cayley_neumann_terms")
 
@@ -76,6 +78,7 @@ def _oft_in_lists(t: Roles, hints: Hints) -> Draft:
     if len(parts) == 1:
         return Draft("DIAG_OFT", {"oft_blocks": parts[0]}, parts[0].shape[-1], options, parts[0].shape[0] * parts[0].shape[-1])
     size = max(part.shape[-1] for part in parts)
+    expect_small("OFT: the rotation in blocks of one size", sum(part.shape[0] * part.shape[-1] for part in parts), size)
     joined = torch.cat([_blocks_of(_limited(part, options["constraint"]), size) for part in parts])
     return Draft("DIAG_OFT", {"oft_blocks": joined}, size, {"constraint": 0.0}, joined.shape[0] * size)
 
@@ -116,14 +119,12 @@ def _blocks_of(blocks: Tensor, size: int) -> Tensor:
 
 
 def _peft_oft(t: Roles, hints: Hints) -> Draft:
-    (vector,) = need(t, "OFT", "oft_R")
-    count = vector.shape[-1] if vector.dim() == 2 else 0
-    size = (1 + math.isqrt(1 + 8 * count)) // 2
-    if vector.dim() != 2 or size * (size - 1) // 2 != count or size < 2:
-        raise CheckpointError(f"OFT: 'oft_R' has shape {tuple(vector.shape)}; expected (blocks, size * (size - 1) / 2)")
+    (triangles,) = need(t, "OFT", "oft_R")
+    if triangles.dim() != 2 or oft.triangle_size(triangles.shape[1]) < 2:
+        raise CheckpointError(f"OFT: 'oft_R' has shape {tuple(triangles.shape)}; expected (blocks, size * (size - 1) / 2)")
     marker = t.get("scaled")
     options = {"scaled": marker is not None and bool((marker != 0).all())} | from_config(hints.config, "OFT", *_OFT_OPTIONS)
-    return Draft("OFT", {"oft_R.weight": vector}, vector.shape[0], options)
+    return Draft("OFT", {"oft_R.weight": triangles}, triangles.shape[0], options)
 
 
 # --- PEFT's sparse and shared ones -----------------------------------------------------------------------------------------

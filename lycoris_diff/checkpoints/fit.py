@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from math import isqrt, prod
+from math import prod
 
 import torch
 from torch import Tensor
 
 from ..errors import AdapterError, CheckpointError
+from ..functional import oft
 from ..naming.index import Site
 from .build import algorithm, config_of, geometry_from_shape
 from .checkpoint import Entry
@@ -195,8 +196,8 @@ def _rotation(entry: Entry, n: Mapping[str, int], site: Site) -> str:
 
 
 def _triangles(entry: Entry, n: Mapping[str, int], site: Site) -> str:
-    size, columns = (1 + isqrt(1 + 8 * n["t"])) // 2, prod(site.shape[1:])
-    if size * (size - 1) // 2 != n["t"]:
+    size, columns = oft.triangle_size(n["t"]), prod(site.shape[1:])
+    if size < 2:
         return f"{n['t']} entries a block are no triangle"
     fits = n["n"] * size == columns or (n["n"] == 1 and columns % size == 0)
     return "" if fits else f"{n['n']} blocks of {size} do not make up {columns} input columns"
@@ -286,8 +287,7 @@ def _fit_magnitude(entry: Entry, site: Site, axis: str) -> Entry:
     names = [m for m in MAGNITUDES if m in entry.tensors]
     if not names:
         return entry
-    expected = {"LORA": "lora_magnitude_vector", "LOHA": "dora_scale", "LOKR": "dora_scale"}.get(entry.algorithm)
-    if names != [expected]:
+    if names != [algorithm(entry).magnitude_name]:
         raise CheckpointError(f"{entry.algorithm}: {names[0]!r} does not belong to it")
     value, (out, inp, *kernel) = entry.tensors[names[0]], site.shape
     told = entry.options.get("dora_axis", "")

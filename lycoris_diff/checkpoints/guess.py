@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from math import prod
 
 from ..errors import CheckpointError
-from ..naming import BASES, NameIndex, Parts, factor_size, find, flatten, unknown_prefix
+from ..naming import BASES, NameIndex, Parts, find, flatten, unknown_prefix
 from ..naming.bases import Base, base_component
 from ..naming.families import CLASSES
 from .checkpoint import Entry, Named, RawCheckpoint
+from .rewrite import weight_shape
+from .slices import row_count
 
 _VERSION_KEYS = ("ss_base_model_version", "modelspec.architecture")
 _SAME_MODEL = 0.9
@@ -140,5 +142,5 @@ def _agrees(entries: list[Entry], index: NameIndex, parts: Parts) -> bool:
     """Whether factors make weights of the right size; what cannot be told counts as right."""
     shapes = [index.sites[part.path].shape for part in parts]
     rows, columns = sum(s[0] for s in shapes), prod(shapes[0][1:])
-    sizes = [factor_size(entry.algorithm, entry.tensors) for entry in entries]
-    return all(r in (None, rows) and c in (None, columns) for r, c in sizes)
+    told = [(row_count(entry), weight_shape(entry, flat=True)) for entry in entries]
+    return all(own in (None, rows) and (shape is None or prod(shape[1:]) == columns) for own, shape in told)

@@ -15,6 +15,7 @@ from .metadata import WORDS
 from .norms import delta_norm
 from .read import read_checkpoint
 from .safety import non_finite_factors
+from .slices import MAGNITUDES
 
 #: a block is a path down to the number of the block, for UNets to that of the resnet or attention within it
 _BLOCK = re.compile(r"(?P<block>.*?(?:\.|_)\d+(?:\.(?:attentions|resnets|upsamplers|downsamplers)\.\d+)?)(?:\.|_|$)")
@@ -169,7 +170,7 @@ def broken_modules(ckpt: Checkpoint) -> list[str]:
 
 
 def _decomposed(entry: Entry) -> bool:
-    return "dora_scale" in entry.tensors or "lora_magnitude_vector" in entry.tensors
+    return any(name in entry.tensors for name in MAGNITUDES)
 
 
 def _distinct(values: Iterable[Any]) -> list[Any]:

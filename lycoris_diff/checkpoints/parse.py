@@ -9,29 +9,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ..adapters.combined import CombinedConfig
 from ..errors import AdapterError, CheckpointError
+from ..files import CONFIG_NAME, MAX_JSON, WEIGHTS_NAME
 from ..naming.index import flatten
 from ..naming.prefixes import split_prefix
-from .alpha import Notes, training_args
+from .alpha import SCALED, Notes, training_args
 from .checkpoint import Entry, Named, RawCheckpoint
 from .configs import FileConfig, directory_component, metadata_configs, read_config_file
 from .decode import Found, Reading, decode, file_hints
 from .dialects import Facts, find_dialect, guess_trainer, shows_ldm, shows_leaf
-from .safety import read_safetensors
+from .safety import PICKLE_SUFFIXES, read_safetensors
+from .slices import strength_factor, times
 from .suffixes import REFUSED, SUFFIXES, Split, is_harmless, split_key
 
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 #: file that SimpleTuner writes beside its weights, and the key its content has in the metadata
+_LYCORIS_WEIGHTS = "pytorch_lora_weights.safetensors"
 _LYCORIS_CONFIG, _LYCORIS_KEY = "lycoris_config.json", "lycoris_config"
-_MAX_JSON = 2**24
 #: parts of a weighted sum of adapters, as this library saves them
 _PART = re.compile(r"(?P<stem>.+)\.parts\.(?P<part>\d{1,4})")
-#: the same for algorithms whose change is proportional to a factor
-_WEIGHED = {"SHIRA": "shira_weight", "MISS": "miss_block"}
 
 
 def read_raw(path: str | os.PathLike[str], dialect: str | None = None) -> RawCheckpoint:
@@ -101,7 +99,7 @@ def raw_from_tensors(
     if not named:
         raise CheckpointError(_nothing(unknown, tensors))
     if row.name == "peft" and config is None:
-        notes.add(f"without {_CONFIG} nothing tells the strength of PEFT's tensors; it counts as 1 where no alpha does")
+        notes.add(f"without {CONFIG_NAME} nothing tells the strength of PEFT's tensors; it counts as 1 where no alpha does")
     return RawCheckpoint(named, row.name, text, extras, unknown, notes.lines(), _trainer(facts, config))
 
 
@@ -109,18 +107,18 @@ def raw_from_tensors(
 def _sources(path: Path) -> list[tuple[Path, FileConfig | None, tuple[str, ...]]]:
     """Files to read, each with its config and the component it belongs to."""
     if not path.is_dir():
-        beside = path.parent / _CONFIG
-        config = read_config_file(beside) if path.name == _WEIGHTS and beside.is_file() else None
+        beside = path.parent / CONFIG_NAME
+        config = read_config_file(beside) if path.name == WEIGHTS_NAME and beside.is_file() else None
         return [(path, config, config.components if config else ())]
-    if (path / _CONFIG).is_file():
-        config = read_config_file(path / _CONFIG)
+    if (path / CONFIG_NAME).is_file():
+        config = read_config_file(path / CONFIG_NAME)
         return [(_weights_in(path), config, config.components or directory_component(path))]
-    folders = sorted(p.parent for p in path.glob(f"*/{_CONFIG}"))
+    folders = sorted(p.parent for p in path.glob(f"*/{CONFIG_NAME}"))
     if folders:
         return [
             (
                 _weights_in(folder),
-                config := read_config_file(folder / _CONFIG),
+                config := read_config_file(folder / CONFIG_NAME),
                 directory_component(folder) or config.components,
             )
             for folder in folders
@@ -129,17 +127,17 @@ def _sources(path: Path) -> list[tuple[Path, FileConfig | None, tuple[str, ...]]
     if len(files) == 1:
         return [(files[0], None, ())]
     found = f"{len(files)} safetensors files: {', '.join(f.name for f in files[:5])}" if files else _pickles_in(path)
-    raise CheckpointError(f"{path} has no {_CONFIG} and {found}; pass one file")
+    raise CheckpointError(f"{path} has no {CONFIG_NAME} and {found}; pass one file")
 
 
 def _weights_in(folder: Path) -> Path:
-    if not (folder / _WEIGHTS).is_file():
-        raise CheckpointError(f"{folder} has {_CONFIG} but no {_WEIGHTS}; it has {_pickles_in(folder)}")
-    return folder / _WEIGHTS
+    if not (folder / WEIGHTS_NAME).is_file():
+        raise CheckpointError(f"{folder} has {CONFIG_NAME} but no {WEIGHTS_NAME}; it has {_pickles_in(folder)}")
+    return folder / WEIGHTS_NAME
 
 
 def _pickles_in(folder: Path) -> str:
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".ckpt", ".pth"))
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLE_SUFFIXES)
     return f"a pickle, {pickles[0]}, which is not read: save it again as safetensors" if pickles else "no safetensors file"
 
 
@@ -151,9 +149,15 @@ def _with_side_files(
     if config is not None:
         out[".".join(("adapter_config", *components))] = json.dumps(dict(config.values), sort_keys=True)
     beside = file.parent / _LYCORIS_CONFIG
-    if _LYCORIS_KEY not in out and config is None and beside.is_file() and beside.stat().st_size < _MAX_JSON:
+    if _LYCORIS_KEY not in out and config is None and beside.is_file() and _is_about(file, beside):
         out[_LYCORIS_KEY] = beside.read_text(encoding="utf-8", errors="replace")
     return out
+
+
+def _is_about(file: Path, beside: Path) -> bool:
+    """Whether a config in the folder can only be this file's."""
+    alone = file.name == _LYCORIS_WEIGHTS or len(list(file.parent.glob("*.safetensors"))) == 1
+    return alone and beside.stat().st_size <= MAX_JSON
 
 
 def _merged(raws: list[RawCheckpoint]) -> RawCheckpoint:
@@ -265,11 +269,9 @@ def _weighed(entry: Entry, weight: float) -> Entry:
     """An entry at a part's weight in a sum."""
     if weight == 1:
         return entry
-    if entry.algorithm in _WEIGHED and entry.options.get("init_weights") != "bat":
-        name = _WEIGHED[entry.algorithm]
-        value = entry.tensors[name]
-        value = value.to(torch.promote_types(value.dtype, torch.float32)) * weight
-        return replace(entry, tensors={**entry.tensors, name: value})
+    name = strength_factor(entry)
+    if name and entry.algorithm not in SCALED:
+        return replace(entry, tensors={**entry.tensors, name: times(entry.tensors[name], weight)})
     if entry.algorithm in ("LORA", "LOHA", "LOKR") and not entry.options.get("weight_decompose"):
         alpha = None if entry.alpha is None else entry.alpha * weight
         return replace(entry, scale=entry.scale * weight, alpha=alpha)

@@ -16,10 +16,8 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from .checkpoint import Entry
-from .slices import times
-
-#: the factor that takes up the strength
-_STRONGEST = {"LORA": "lora_B.weight", "LOHA": "hada_w1_a", "MISS": "miss_block", "SHIRA": "shira_weight"}
+from .safety import expect_small
+from .slices import strength_factor, times
 
 
 def with_strength_one(entry: Entry) -> Entry:
@@ -30,9 +28,7 @@ def with_strength_one(entry: Entry) -> Entry:
     """
     if entry.scale == 1.0:
         return entry
-    name = _STRONGEST.get(entry.algorithm)
-    if entry.algorithm == "LOKR":
-        name = "lokr_w1" if "lokr_w1" in entry.tensors else "lokr_w1_a"
+    name = strength_factor(entry)
     if name is None:
         raise CheckpointError(f"{entry.algorithm}: its strength of {entry.scale:g} cannot be moved into a factor")
     tensors = {**entry.tensors, name: times(entry.tensors[name], entry.scale)}
@@ -47,7 +43,9 @@ def without_core(entry: Entry) -> Entry:
     t, options = dict(entry.tensors), {k: v for k, v in entry.options.items() if k != "use_effective_conv2d"}
     cores = [row for row in _CORED.get(entry.algorithm, ()) if row[0] in t]
     for core, inner, outer, flat in cores:
-        product = torch.einsum("pq...,qi->pi...", t.pop(core).double(), t[inner].double().flatten(1))
+        middle, right = t.pop(core), t[inner].flatten(1)
+        expect_small(f"{entry.algorithm}: the product of {core!r} and {inner!r}", *middle.shape[2:], *right.shape)
+        product = torch.einsum("pq...,qi->pi...", middle.double(), right.double())
         t[inner] = _narrowed(product.flatten(1) if flat else product, t[inner].dtype)
         if outer:
             t[outer] = t[outer].mT.contiguous()
@@ -92,6 +90,7 @@ def portable_lokr(entry: Entry, shape: Sequence[int] | None = None) -> Entry:
 def _multiplied(t: dict[str, Tensor], half: str) -> Tensor:
     """A half out of its low-rank factors, which are taken away."""
     a, b = t.pop(f"{half}_a"), t.pop(f"{half}_b")
+    expect_small(f"LOKR: {half!r}", a.shape[0], b.shape[1])
     return _narrowed(a.double() @ b.double(), a.dtype)
 
 

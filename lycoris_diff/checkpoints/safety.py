@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -17,13 +17,15 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .checkpoint import Entry, Named
+from .checkpoint import Entry
 
 #: the JSON at the beginning of a file; the largest seen (tag statistics of big data sets) have a few megabytes
 MAX_HEADER = 32 * 2**20
 #: the largest real files (every layer of a large transformer, seven tensors each) have about ten thousand
 MAX_TENSORS = 200_000
 MAX_AXES = 8
+#: values of a product of factors that is built before anybody knows the layer's size; halves of real weights have fewer
+MAX_PRODUCT = 2**28
 
 #: bytes an element takes; packed and complex types are missing on purpose
 _SIZES = {
@@ -35,7 +37,8 @@ _PICKLE_HINT = (
     "a pickle can run code when it is opened, so it is not read; convert it on a machine you can lose: "
     "safetensors.torch.save_file(torch.load(path, weights_only=True), 'file.safetensors')"
 )
-_PICKLE_SUFFIXES = (".pt", ".bin", ".ckpt", ".pth", ".pkl", ".pickle")
+#: what pickles are called
+PICKLE_SUFFIXES = (".pt", ".bin", ".ckpt", ".pth", ".pkl", ".pickle")
 #: what other files begin with -> what they are
 _MAGIC: tuple[tuple[bytes, str], ...] = (
     (b"PK\x03\x04", f"a zip archive, as torch.save writes it; {_PICKLE_HINT}"),
@@ -121,13 +124,14 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
         raise CheckpointError(f"{os.fspath(path)} is not a whole safetensors file: {error}") from error
 
 
-def non_finite(modules: Iterable[Named]) -> dict[str, list[str]]:
-    """Modules whose factors hold NaN or infinite values, with the names of these factors; reads every factor."""
-    found: dict[str, list[str]] = {}
-    for module in modules:
-        if factors := [name for entry in module.entries for name in non_finite_factors(entry)]:
-            found.setdefault(module.name, []).extend(factors)
-    return found
+def expect_small(what: str, *sizes: int) -> None:
+    """Refuse to build something of these sizes that a small file may ask for.
+
+    Raises:
+        CheckpointError: it would have more than `MAX_PRODUCT` values.
+    """
+    if prod(sizes) > MAX_PRODUCT:
+        raise CheckpointError(f"{what} would have {prod(sizes)} values, more than the {MAX_PRODUCT} that any real one has")
 
 
 def non_finite_factors(entry: Entry) -> list[str]:
@@ -150,7 +154,7 @@ def _is_finite(value: Tensor) -> bool:
 
 # --- parts of a header ---------------------------------------------------------------------------------------------------
 def _refuse_other_kinds(file: Path, start: bytes) -> None:
-    if file.suffix.lower() in _PICKLE_SUFFIXES:
+    if file.suffix.lower() in PICKLE_SUFFIXES:
         raise CheckpointError(f"{file} is a {file.suffix} file; {_PICKLE_HINT}")
     # the length of a header may happen to spell the same bytes
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= MAX_HEADER:

@@ -30,8 +30,8 @@ RANKS: dict[str, tuple[tuple[str, ...], dict[str, int]]] = {
     "LORA": (("lora_B.weight",), {"lora_A.weight": 0, "lora_B.weight": 1}),
     "LOHA": (("hada_w1_a", "hada_w2_a"), {"hada_w1_a": 1, "hada_w1_b": 0, "hada_w2_a": 1, "hada_w2_b": 0}),
 }
-#: change every row alike where no factor follows the rows
-ROWLESS = ("IA3", "OFT")
+#: factor that the change is proportional to
+_PROPORTIONAL = {"LORA": "lora_B.weight", "LOHA": "hada_w1_a", "MISS": "miss_block", "SHIRA": "shira_weight"}
 #: why only the whole weight will do
 WHOLE = {
     "LYCORIS_BOFT": "its butterfly mixes all output rows",
@@ -134,6 +134,13 @@ def changed(entry: Entry, tensors: dict[str, Tensor], rank: int | None = None, *
     if rank is not None and rank != entry.rank:
         fields |= {"rank": rank, "alpha": None if entry.alpha is None else entry.scale * rank}
     return dataclasses.replace(entry, **fields)  # type: ignore[arg-type]
+
+
+def strength_factor(entry: Entry) -> str | None:
+    """Name of a factor that takes up a strength, since the change is proportional to it; None where there is none."""
+    if entry.algorithm == "LOKR":
+        return first_half(entry)
+    return None if entry.options.get("init_weights") == "bat" else _PROPORTIONAL.get(entry.algorithm)
 
 
 def times(t: Tensor, factor: float) -> Tensor:

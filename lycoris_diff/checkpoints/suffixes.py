@@ -38,7 +38,7 @@ SUFFIXES: dict[str, Suffix] = {
     **_lora(".lora_B.weight", ".lora_A.weight", "peft"),
     **_lora(".lora_B", ".lora_A", "peft"),
     **_lora(".lora.up.weight", ".lora.down.weight", "diffusers"),
-    **_lora(".lora_linear_layer.up.weight", ".lora_linear_layer.down.weight", "processor"),
+    **_lora(".lora_linear_layer.up.weight", ".lora_linear_layer.down.weight", "diffusers"),
     **_lora("_lora.up.weight", "_lora.down.weight", "processor"),
     **_lora(".up.weight", ".down.weight", "xlabs"),
     ".lora_mid.weight": Suffix("lora", "mid"),

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..files import CONFIG_NAME, WEIGHTS_NAME, _replacing
+from ..files import CONFIG_NAME, WEIGHTS_NAME, replacing
 from ..naming import NameIndex
 from .checkpoint import Checkpoint, Entry
 from .compose import Progress, compose, indexes_of, provisional_indexes
@@ -86,6 +86,8 @@ def write_checkpoint(
     for modules in ckpt.components.values():
         check_known(modules)
     _check_metadata(metadata)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise CheckpointError(f"dtype is {dtype!r}; expected a floating type such as torch.float16")
     names = indexes or indexes_of(ckpt) or provisional_indexes(ckpt, target)
     _check_paths(ckpt, names)
     report = WriteReport(os.fspath(path), format, modules={c: len(m) for c, m in ckpt.components.items()})
@@ -140,7 +142,7 @@ def _write_file(
     if target.kohya_metadata:
         header |= kohya_hashes(ready, header)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         save_file(ready, temporary, metadata=header)
     report.notes += composed.notes + _rewritten(ckpt, target)
     _count(report, path, algorithms, len(ready))
@@ -234,7 +236,7 @@ def _write_directory(
         file.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         for file, content_of in files:
-            temporary = stack.enter_context(_replacing(file))
+            temporary = stack.enter_context(replacing(file))
             if file.suffix == ".json":
                 Path(temporary).write_text(json.dumps(content_of, indent=2, sort_keys=True) + "\n", encoding="utf-8")
             else:

@@ -12,9 +12,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..errors import AdapterError
-from .options import positive_int, seed_int
+from .options import finite_float, positive_int, seed_int
 from .pipelines import add_pipeline_arguments, load_adapters, load_pipeline, show, summary
 from .quiet import quiet_libraries
+
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 DESCRIPTION = """\
 Loads a diffusers pipeline and any number of adapter files, each with a weight, and writes pictures. A file that does not
@@ -32,11 +34,13 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add_pipeline_arguments(parser, adapter_required=False)
     parser.add_argument("--prompt", required=True, help="what to draw")
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what to avoid")
-    parser.add_argument("--out", required=True, metavar="PNG", help="picture to write; with --count, a number is added")
+    parser.add_argument(
+        "--out", required=True, metavar="PNG", type=picture, help="picture to write; with --count, a number is added"
+    )
     parser.add_argument("--count", type=positive_int, default=1, metavar="N", help="pictures (default: %(default)s)")
     parser.add_argument("--seed", type=seed_int, default=0, metavar="N", help="of the noise (default: %(default)s)")
     parser.add_argument("--steps", type=positive_int, default=30, metavar="N", help="sampling steps (default: %(default)s)")
-    parser.add_argument("--guidance", type=float, metavar="X", help="guidance scale (default: the pipeline's)")
+    parser.add_argument("--guidance", type=finite_float, metavar="X", help="guidance scale (default: the pipeline's)")
     parser.add_argument("--width", type=positive_int, metavar="N", help="in pixels (default: the model's)")
     parser.add_argument("--height", type=positive_int, metavar="N", help="in pixels (default: the model's)")
     parser.add_argument("--device", default="auto", help="cpu, cuda ... (default: an accelerator if there is one)")
@@ -47,11 +51,20 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.set_defaults(run=run)
 
 
+def picture(text: str) -> str:
+    """A path whose ending names a picture's format."""
+    if Path(text).suffix.lower() not in _PICTURES:
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in {', '.join(_PICTURES)}")
+    return text
+
+
 def run(args: argparse.Namespace) -> int:
     """Generate; return 0."""
     import torch
 
     out = Path(args.out)
+    if out.is_dir():
+        raise IsADirectoryError(f"--out: {out} is a directory; name a picture in it")
     if not out.parent.is_dir():
         raise FileNotFoundError(f"--out: there is no directory {out.parent}")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -120,6 +133,8 @@ def _to_device(pipe: Any, device: str, offload: str) -> None:
 
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     target = device if device != "auto" else "cpu" if found is None else found.type
+    if offload == "sequential" and target.startswith("cpu"):
+        raise AdapterError("--offload sequential brings weights from host memory to an accelerator; on the CPU leave it out")
     try:
         if offload == "model":
             pipe.enable_model_cpu_offload(device=target)

@@ -70,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
             raise AdapterError(
                 f"{args.file}: no block has a norm to draw: the changes depend on the base model's weights, or are not finite"
             )
-        norm_chart(report.blocks, f"{Path(args.file).name}: norm of the change by block").save(args.plot)
+        with quiet_libraries():  # the fonts and colours come with the tiny pipeline, whose libraries have remarks
+            norm_chart(report.blocks, f"{Path(args.file).name}: norm of the change by block").save(args.plot)
     if args.json:
         print(json.dumps(report.to_dict() | ({"plot": args.plot} if args.plot else {}), indent=2, allow_nan=False))
     else:
@@ -108,7 +109,7 @@ def print_report(report: InspectReport, console: Console) -> None:
     console.print(blocks)
 
     if any(b.norm is None for b in report.blocks):
-        console.print("?: the change depends on the base model's weights")
+        console.print("?: the change depends on the base model's weights (for MiSS, on the size of its layers)")
     for title, found in _troubles(report):
         console.print(f"[bold]{title}[/bold] ({len(found)})")
         for line in found[:_LONGEST_LIST]:

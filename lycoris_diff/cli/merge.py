@@ -68,7 +68,10 @@ def save_whole(pipe: Any, out: Path) -> None:
         OSError: the directory cannot be written.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:  # which names the temporary directory
+        raise type(error)(error.errno, error.strerror, str(out)) from error
     try:
         pipe.save_pretrained(temporary / "pipeline", safe_serialization=True)
         if out.is_dir():

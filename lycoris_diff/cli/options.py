@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 
 def positive_int(text: str) -> int:
@@ -15,6 +16,17 @@ def seed_int(text: str) -> int:
     value = _whole_number(text, least=0)
     if value >= 2**32:
         raise argparse.ArgumentTypeError(f"{text!r} is too large; expected at most {2**32 - 1}")
+    return value
+
+
+def finite_float(text: str) -> float:
+    """Parse a finite number."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not finite")
     return value
 
 

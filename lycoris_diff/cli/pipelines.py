@@ -61,7 +61,7 @@ def load_pipeline(model: str, dtype: str) -> Any:
     """The pipeline behind ``--model``.
 
     Raises:
-        AdapterError: a local path that is no diffusers directory. OSError: nothing of this name can be opened.
+        AdapterError: no diffusers pipeline, or one that diffusers does not understand. OSError: nothing of this name opens.
     """
     import torch
     from diffusers import DiffusionPipeline
@@ -76,7 +76,10 @@ def load_pipeline(model: str, dtype: str) -> Any:
     if path.exists() and not (path / "model_index.json").is_file():
         raise AdapterError(f"{model} is no diffusers pipeline: it has no model_index.json; convert single files with diffusers")
     arguments = {} if wanted is None else {"torch_dtype": wanted}
-    return DiffusionPipeline.from_pretrained(model, **arguments)
+    try:
+        return DiffusionPipeline.from_pretrained(model, **arguments)
+    except (ValueError, AttributeError, ImportError) as error:
+        raise AdapterError(f"--model: {model} cannot be loaded: {error}") from error
 
 
 def load_adapters(pipe: Any, adapters: list[AdapterArgument], strict: bool) -> list[LoadReport]:

@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import nn
 
+from ..errors import AdapterError
 from ..injection import adapted_layers, replace_modules
 from ..layers.layer import AdaptedLayer
 from .components import models_of
@@ -26,8 +27,10 @@ from .offload import regroup
 #: methods of diffusers' and transformers' models in which PEFT rebuilds or writes into layers
 MODEL_METHODS = (
     "load_lora_adapter", "unload_lora", "add_adapter", "load_adapter", "delete_adapters", "delete_adapter", "fuse_lora",
-    "unfuse_lora",
+    "unfuse_lora", "fuse_qkv_projections",
 )  # fmt: skip
+#: those among them that cannot go on without our layers
+_REFUSED = ("fuse_qkv_projections",)
 #: the same of pipelines
 PIPELINE_METHODS = ("load_lora_weights", "unload_lora_weights", "fuse_lora", "unfuse_lora", "delete_adapters")
 
@@ -36,7 +39,7 @@ PIPELINE_METHODS = ("load_lora_weights", "unload_lora_weights", "fuse_lora", "un
 def aside(model: nn.Module) -> Iterator[None]:
     """Inside, the model has no layers of ours and none of our adapters in its weights."""
     layers = [layer for _, layer in adapted_layers(model)]
-    merged = {layer: layer.merged for layer in layers if layer.merged}
+    merged = {layer: layer.held for layer in layers if layer.held}
     for layer in layers:
         layer.unmerge()
     replace_modules(model, {layer: layer.base_layer for layer in layers})
@@ -88,4 +91,15 @@ def _wrapped(original: Any) -> Any:
             return original(self, *args, **kwargs)
 
     method._steps_aside = True  # type: ignore[attr-defined]
+    return method if original.__name__ not in _REFUSED else _refused(method)
+
+
+def _refused(original: Any) -> Any:
+    @functools.wraps(original)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        raise AdapterError(
+            f"{original.__name__} copies weights without their adapters, which would have no effect; write them in for good "
+            "with merge_adapters() first, or unload them"
+        )
+
     return method

@@ -164,7 +164,7 @@ def forget_unscaled(model: nn.Module) -> None:
 
 
 def records(model: nn.Module) -> dict[str, Loaded]:
-    """What a model remembers of adapters from files, by name; a copy when there is nothing."""
+    """What a model remembers of adapters from files, by name; `remember` and `forget` change it."""
     return model.__dict__.get(_RECORDS, {})
 
 

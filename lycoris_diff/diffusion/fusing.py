@@ -35,7 +35,7 @@ def fuse_adapters(
         scale: multiplies the weights of the adapters while they are fused.
 
     Returns:
-        Names of the adapters that are now in some weights.
+        Names of the adapters that are now in some weights. While adapters are disabled nothing is written; enabling them does.
 
     Raises:
         AdapterError: an unknown name, a weight that cannot be written (quantized, tied), or a result that is not finite; no
@@ -53,8 +53,8 @@ def fuse_adapters(
                 (layer, chosen[id(m)]) for m in models.values() for layer in mergeable_layers(m, chosen.get(id(m), []), safe)
             ]
             for layer, own in work:
-                done.append((layer, layer.merged))
-                layer.merge(dict.fromkeys((*layer.merged, *own)))
+                done.append((layer, layer.held))
+                layer.merge(dict.fromkeys((*layer.held, *own)))
         except BaseException:
             for layer, before in done:
                 layer.merge(before)
@@ -67,7 +67,7 @@ def fuse_adapters(
 def unfuse_adapters(pipe: Any, components: Iterable[str] | None = None) -> None:
     """Put the original weights back, bit for bit; the adapters run beside them again, with the weights they had before."""
     models = chosen_models(pipe, components)
-    if not any(layer.merged for model in models.values() for layer in layers_of(model).values()):
+    if not any(layer.held for model in models.values() for layer in layers_of(model).values()):
         return
     with weights_at_hand(models.values()):
         for model in models.values():
@@ -148,7 +148,7 @@ def _scale(model: nn.Module, names: list[str], scale: float) -> list[tuple[Adapt
     """Multiply strengths until they are fused no longer; what was multiplied."""
     if scale == 1.0:
         return []
-    pairs = [(layer, n) for layer in layers_of(model).values() for n in names if n in layer.adapters and n not in layer.merged]
+    pairs = [(layer, n) for layer in layers_of(model).values() for n in names if n in layer.adapters and n not in layer.held]
     for layer, name in pairs:
         strength = layer.adapter(name).get_strength()
         unscaled(model).setdefault(layer, {})[name] = strength

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..adapters.config import AdapterConfig
 from ..errors import AdapterError, nearest
@@ -17,7 +17,7 @@ from .beside_peft import MODEL_METHODS, PIPELINE_METHODS, guard, unguard
 from .components import Loaded, adapter_names, chosen_models, forget, known_adapter, layers_of, models_of, remember
 from .fusing import fused_adapters, remove_all, unfuse_adapters
 from .offload import regroup, weights_at_hand
-from .planning import Part, Plan, display, make_plan
+from .planning import Part, Plan, checked_tensors, display, make_plan
 from .report import LoadReport, refusal
 from .sources import HUB_ARGUMENTS, find_source
 from .weights import Weight, resolve
@@ -34,7 +34,7 @@ class FileConfig(AdapterConfig):
 
 def load_adapter(
     pipe: Any,
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Mapping[str, Tensor],
     adapter_name: str = "default",
     weight: Weight = 1.0,
     strict: bool = True,
@@ -48,7 +48,7 @@ def load_adapter(
     Args:
         pipe: a diffusers pipeline, in any precision and on any device, offloaded or not.
         source: a safetensors file of any community dialect, a PEFT directory or one with a PEFT directory for every component,
-            or a Hub repository (``"owner/name"``).
+            a Hub repository (``"owner/name"``), or the tensors of such a file in a dict.
         adapter_name: must be new.
         weight: multiplies the strength as trained; a number, or a dict by component, block or pattern (see `set_adapters`).
         strict: refuse a file with anything that does not fit, or does nothing; False loads what fits.
@@ -70,10 +70,13 @@ def load_adapter(
         raise AdapterError(f"load_adapter has no argument {unknown[0]!r}.{nearest(unknown[0], _ARGUMENTS)}")
     models = models_of(pipe)
     wanted = None if components is None else list(chosen_models(pipe, components))
-    for model in models.values():
+    for component, model in models.items():
         check_new_name(model, adapter_name)
+        if adapter_name in (getattr(model, "peft_config", None) or ()):
+            raise AdapterError(f"PEFT has an adapter {adapter_name!r} on the {component}; choose another name")
+    held = checked_tensors(source) if isinstance(source, Mapping) else find_source(source, weight_name, **hub)
     text = display(source)
-    plan = make_plan(pipe, adapter_name, text, find_source(source, weight_name, **hub), wanted, dialect)
+    plan = make_plan(pipe, adapter_name, text, held, wanted, dialect)
     if (strict and plan.report.problems) or not plan.parts:
         raise refusal(plan.report)
     strengths = resolve(adapter_name, weight, {c: list(part.entries) for c, part in plan.parts.items()})
@@ -88,10 +91,11 @@ _ARGUMENTS = [*inspect.signature(load_adapter).parameters, *HUB_ARGUMENTS]
 def _attach(pipe: Any, name: str, plan: Plan, strengths: dict[str, dict[str, float]], source: str) -> None:
     """Everything is checked; should something fail all the same, what was attached is taken out again."""
     done: list[nn.Module] = []
+    disabled = any(not layer.enabled for model in models_of(pipe).values() for layer in layers_of(model).values())
     try:
         for component, part in plan.parts.items():
             done.append(part.model)
-            _attach_part(name, part, strengths[component])
+            _attach_part(name, part, strengths[component], disabled)
             remember(part.model, name, Loaded(source, plan.origin, part.entries))
             guard(part.model, MODEL_METHODS)
         if not hasattr(type(pipe), "lycoris_adapters"):  # our own pipeline classes see to it themselves
@@ -105,7 +109,7 @@ def _attach(pipe: Any, name: str, plan: Plan, strengths: dict[str, dict[str, flo
         raise
 
 
-def _attach_part(name: str, part: Part, strengths: dict[str, float]) -> None:
+def _attach_part(name: str, part: Part, strengths: dict[str, float], disabled: bool) -> None:
     for path, (_, adapter) in zip(part.entries, part.adapters.values(), strict=True):
         adapter.set_strength(strengths[path])
     attach(part.model, FileConfig(), name, part.adapters, freeze=False)
@@ -116,6 +120,8 @@ def _attach_part(name: str, part: Part, strengths: dict[str, float]) -> None:
     for path in part.adapters:
         layer: Any = part.model.get_submodule(path)
         layer.active = (*layer.active, name)
+        if disabled and layer.enabled:
+            layer.suspend()
 
 
 def list_adapters(pipe: Any) -> list[str]:
@@ -150,7 +156,7 @@ def unload_adapters(pipe: Any) -> None:
 
 
 def _detach(pipe: Any, model: nn.Module, name: str) -> None:
-    detach(model, name)
+    detach(model, name, successor=False)
     forget(model, name)
     if state_of(model) is None:
         unguard(model, MODEL_METHODS)

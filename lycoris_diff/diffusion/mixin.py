@@ -46,15 +46,16 @@ class LycorisLoaderMixin:
 
     # --- loading and saving --------------------------------------------------------------------------------------------
     def load_lora_weights(
-        self, pretrained_model_name_or_path_or_dict: str | os.PathLike[str], adapter_name: str | None = None, **kwargs: Any
+        self,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike[str] | Mapping[str, torch.Tensor],
+        adapter_name: str | None = None,
+        **kwargs: Any,
     ) -> LoadReport:
         """`load_adapter` under diffusers' name; without a name adapters are called ``default_0``, ``default_1`` ...
 
         Raises:
-            AdapterError: as `load_adapter`; also for tensors in a dict instead of a file, and for ``hotswap=True``.
+            AdapterError: as `load_adapter`; also for ``hotswap=True``.
         """
-        if isinstance(pretrained_model_name_or_path_or_dict, Mapping):
-            raise AdapterError("a dict of tensors has no metadata to tell strengths from; pass the file, or save it first")
         if kwargs.get("hotswap"):
             raise AdapterError("hotswap is not supported; delete_adapters() first, loading costs the same every time")
         given = {k: v for k, v in kwargs.items() if k not in _WITHOUT_MEANING and v is not None}
@@ -204,7 +205,8 @@ class LycorisLoaderMixin:
         return [n for n in names if n in own], [n for n in names if n not in own]
 
     def _free_name(self) -> str:
-        taken = adapter_names(models_of(self))
+        models = models_of(self)
+        taken = {*adapter_names(models), *(n for m in models.values() for n in getattr(m, "peft_config", None) or ())}
         return next(n for i in range(len(taken) + 1) if (n := f"default_{i}") not in taken)
 
 

@@ -1,6 +1,4 @@
-"""Size of an adapter's change of a weight, from its factors: the Frobenius norm, without building the change where a Gram
-matrix of the factors has it.
-"""
+"""How large the changes of live adapters are, DoRA's and those that depend on the base weight among them."""
 
 from __future__ import annotations
 
@@ -13,12 +11,12 @@ from ..adapters.base import Adapter
 from ..adapters.combined import Combined
 from ..execution.engine import cast
 from ..execution.geometry import Geometry
-from ..functional import loha, lora
+from ..functional import norms
 
 #: a LoHa of larger rank is estimated from this many rows where the weight has more entries
 SAMPLED_ROWS, SAMPLE_ABOVE = 64, 250_000
 
-Norm = Callable[[Adapter, Mapping[str, Tensor], Geometry], "Tensor | None"]
+Norm = Callable[[Adapter, Mapping[str, Tensor], Geometry], Tensor]
 
 
 def change_norm(adapter: Adapter, weight: Tensor | None = None) -> float | None:
@@ -67,92 +65,20 @@ def _dense(adapter: Adapter, weight: Tensor | None) -> float | None:
         adapter.set_strength(held)
 
 
-def gram_square(up: Tensor, down: Tensor) -> Tensor:
-    """``||up @ down||^2`` of ``(m, r)`` and ``(r, n)`` from two r x r matrices."""
-    return ((up.T @ up) * (down @ down.T)).sum()
+def _loha(adapter: Adapter, f: Mapping[str, Tensor], geometry: Geometry) -> Tensor:
+    return norms.loha(f, SAMPLED_ROWS if geometry.out * geometry.columns > SAMPLE_ABOVE else 0)
 
 
-def _lora(adapter: Adapter, f: Mapping[str, Tensor], geometry: Geometry) -> Tensor:
-    up, down = f["lora_B.weight"].flatten(1), f["lora_A.weight"].flatten(1)
-    if "lora_mid.weight" not in f:
-        return gram_square(up, down)
-    return _core_square(up.T @ up, f["lora_mid.weight"].flatten(2), down @ down.T)
-
-
-def _core_square(out_gram: Tensor, core: Tensor, in_gram: Tensor) -> Tensor:
-    """``sum_k tr(G_out C_k G_in C_k^T)`` for a core ``(p, q, taps)``."""
-    inside = torch.einsum("pu,uvk,vq->pqk", out_gram, core, in_gram)
-    return (inside * core).sum()
-
-
-def _loha(adapter: Adapter, f: Mapping[str, Tensor], geometry: Geometry) -> Tensor | None:
-    """The product is one of rank r^2, which pays for small ranks; large ones are estimated from evenly spaced rows."""
-    if "hada_t1" in f:
-        return None
-    (out, rank), columns = f["hada_w1_a"].shape, geometry.columns
-    rows = torch.arange(out)
-    if rank**3 * (out + columns) <= 2 * out * columns:
-        up = loha.khatri_rao(f["hada_w1_a"].T, f["hada_w2_a"].T).T
-        return gram_square(up, loha.khatri_rao(f["hada_w1_b"], f["hada_w2_b"]))
-    if out * columns > SAMPLE_ABOVE:
-        rows = torch.linspace(0, out - 1, SAMPLED_ROWS).round().long()
-    first, second = f["hada_w1_a"][rows] @ f["hada_w1_b"], f["hada_w2_a"][rows] @ f["hada_w2_b"]
-    return (first * second).square().sum() * (out / rows.numel())
-
-
-def _lokr(adapter: Adapter, f: Mapping[str, Tensor], geometry: Geometry) -> Tensor | None:
-    rows = getattr(adapter.config, "rows", None)
-    if rows is None:
-        return _first_square(f) * _second_square(f, geometry)
-    w1 = f["lokr_w1"] if "lokr_w1" in f else f["lokr_w1_a"] @ f["lokr_w1_b"]
-    if "lokr_w2" in f:
-        w2 = f["lokr_w2"].flatten(1)
-    elif "lokr_t2" in f:
-        core = f["lokr_t2"].flatten(2)
-        w2 = lora.tucker(core, f["lokr_w2_a"].T, f["lokr_w2_b"]).flatten(1)
-    else:
-        w2 = f["lokr_w2_a"] @ f["lokr_w2_b"]
-    squares = w1.square().sum(1)[:, None] * w2.square().sum(1)
-    return squares.flatten().narrow(0, *rows).sum()
-
-
-def _first_square(f: Mapping[str, Tensor]) -> Tensor:
-    return f["lokr_w1"].square().sum() if "lokr_w1" in f else gram_square(f["lokr_w1_a"], f["lokr_w1_b"])
-
-
-def _second_square(f: Mapping[str, Tensor], geometry: Geometry) -> Tensor:
-    if "lokr_w2" in f:
-        return f["lokr_w2"].square().sum()
-    a, b = f["lokr_w2_a"], f["lokr_w2_b"]
-    if "lokr_t2" not in f:
-        return gram_square(a, b)
-    return _core_square(a @ a.T, f["lokr_t2"].flatten(2), b @ b.T)
-
-
-def _miss(adapter: Adapter, f: Mapping[str, Tensor], geometry: Geometry) -> Tensor:
-    r, s = f["miss_block"].shape[:2]
-    block = f["miss_block"].reshape(r, s, -1)  # (r, s, taps)
-    repeats = torch.full((r,), geometry.inp // r, dtype=block.dtype, device=block.device)
-    repeats[: geometry.inp % r] += 1
-    return (block.square().sum((1, 2)) * repeats).sum() * (geometry.out // s)
-
-
-def _shira(adapter: Adapter, f: Mapping[str, Tensor], geometry: Geometry) -> Tensor | None:
-    indices = f["shira_indices"].long()
-    flat = indices[0] * geometry.columns + indices[1]
-    if flat.numel() > 1 and not bool((flat[1:] > flat[:-1]).all()) and flat.unique().numel() < flat.numel():
-        return None  # repeated positions add up
-    return f["shira_weight"].square().sum()
-
-
-def _full(adapter: Adapter, f: Mapping[str, Tensor], geometry: Geometry) -> Tensor:
-    return torch.stack([t.square().sum() for t in f.values()]).sum()
-
-
-#: squared norm before the scale, by algorithm; None where the change has to be built
+#: squared norm before the scale, by algorithm
 _SQUARES: dict[str, Norm] = {
-    "LORA": _lora, "LOHA": _loha, "LOKR": _lokr, "MISS": _miss, "SHIRA": _shira, "FULL": _full, "NORM": _full,
-}  # fmt: skip
+    "LORA": lambda adapter, f, geometry: norms.lora(f),
+    "LOHA": _loha,
+    "LOKR": lambda adapter, f, geometry: norms.lokr(f, getattr(adapter.config, "rows", None)),
+    "MISS": lambda adapter, f, geometry: norms.miss(f, geometry.out, geometry.inp),
+    "SHIRA": lambda adapter, f, geometry: norms.shira(f),
+    "FULL": lambda adapter, f, geometry: norms.dense(f),
+    "NORM": lambda adapter, f, geometry: norms.dense(f),
+}
 
 
 def _dora_rows(adapter: Adapter, weight: Tensor) -> Tensor | None:

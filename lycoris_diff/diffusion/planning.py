@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..adapters.base import Adapter
 from ..checkpoints.build import adapter_of
 from ..checkpoints.checkpoint import Checkpoint, Entry, RawCheckpoint
 from ..checkpoints.guess import closest_base, guess_base
-from ..checkpoints.parse import read_raw
+from ..checkpoints.parse import raw_from_tensors, read_raw
 from ..checkpoints.place import place
-from ..errors import AdapterError
+from ..checkpoints.safety import computable
+from ..errors import AdapterError, CheckpointError
 from ..execution.geometry import geometry_of
 from ..execution.norms import norm_geometry_of
 from ..injection import base_weight
@@ -30,6 +31,8 @@ from .offload import device_of, dtype_of
 from .report import LoadReport, ModuleReport
 
 Attachable = tuple[Target, Adapter]
+#: what `fuse_qkv_projections` replaces
+_FUSED_QKV = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 
 
 @dataclass
@@ -66,7 +69,7 @@ def make_plan(
     pipe: Any,
     name: str,
     source: str,
-    path: Path,
+    held: Path | Mapping[str, Tensor],
     components: Iterable[str] | None = None,
     dialect: str | None = None,
 ) -> Plan:
@@ -76,7 +79,7 @@ def make_plan(
         CheckpointError: a file cannot be read at all. Whatever is wrong with single modules is in the report.
     """
     models, wanted = models_of(pipe), chosen_models(pipe, components)
-    raw = _read(path, dialect)
+    raw = _read(held, dialect)
     indexes = {component: index_model(model, component) for component, model in models.items()}
     report = LoadReport(source, name)
     if components is not None:
@@ -98,14 +101,32 @@ def make_plan(
     return Plan(report, parts, dataclasses.replace(checkpoint, components={}, sources={}))
 
 
-def _read(path: Path, dialect: str | None) -> RawCheckpoint:
+def _read(held: Path | Mapping[str, Tensor], dialect: str | None) -> RawCheckpoint:
     """A file's content in memory of its own: what is mapped from a file goes bad when somebody writes over the file."""
-    raw = read_raw(path, dialect)
+    raw = raw_from_tensors(held, dialect=dialect) if isinstance(held, Mapping) else read_raw(held, dialect)
     for module in raw.modules:
         for entry in module.entries:
             entry.tensors = {name: value.clone() for name, value in entry.tensors.items()}
     raw.extras = {name: value.clone() for name, value in raw.extras.items()}
     return raw
+
+
+def checked_tensors(source: Mapping[Any, Any]) -> dict[str, Tensor]:
+    """Tensors given in place of a file, as reading a file would give them.
+
+    Raises:
+        CheckpointError: something else than tensors by name, or tensors without plain values.
+    """
+    for name, value in source.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"{name!r:.100} is {type(value).__name__}; expected a dict of torch tensors by the file's names"
+            )
+        if value.is_meta or value.layout != torch.strided or value.is_complex() or value.is_quantized:
+            raise CheckpointError(
+                f"tensor {name!r:.100} is {value.dtype}, {value.layout}, on {value.device}; expected plain values"
+            )
+    return {name: computable(value.detach()) for name, value in source.items()}
 
 
 def _asked_for(raw: RawCheckpoint, wanted: set[str], report: LoadReport) -> list[Any]:
@@ -139,6 +160,11 @@ def _build(component: str, part: Part, modules: Mapping[str, list[Entry]], repor
         if geometry is None:
             report.wrong_shape[label] = f"it is {type(spot.layer).__name__}, which cannot carry an adapter"
             continue
+        if _bypassed(part.model, path):
+            report.wrong_shape[label] = (
+                "the model's q, k and v are fused, so that it is not used; unfuse_qkv_projections() first"
+            )
+            continue
         target = Target(spot.actual, spot.layer, geometry)
         dtype = dtype_of(spot.layer, part.model)
         bad = _unusable(entries, dtype)
@@ -159,13 +185,24 @@ def _build(component: str, part: Part, modules: Mapping[str, list[Entry]], repor
         report.matched.append(_module_report(component, path, entries, norm))
 
 
+def _bypassed(model: nn.Module, path: str) -> bool:
+    """Whether diffusers' ``fuse_qkv_projections`` has copied a layer's weight into another one, which runs instead."""
+    parent, _, leaf = path.rpartition(".")
+    if leaf not in _FUSED_QKV:
+        return False
+    attention = model.get_submodule(parent)
+    # a UNet's attention keeps the mark when its processors are put back; other classes go by the mark
+    processor = type(getattr(attention, "processor", None)).__name__
+    fused = "Fused" in processor or type(attention).__name__ != "Attention"
+    return fused and bool(getattr(attention, "fused_projections", False))
+
+
 def _settle(adapter: Adapter, model: nn.Module, target: Target) -> float | None:
     """Let the adapter take what it needs of its layer's weight, and measure its change.
 
     Raises:
         AdapterError: it needs a weight that is packed or quantized.
     """
-
     weight = partial(base_weight, model, target)
     adapter.settle(weight)
     return change_norm(adapter, weight() if adapter.depends_on_weight else None)
@@ -178,7 +215,7 @@ def _unusable(entries: Sequence[Entry], dtype: torch.dtype) -> str:
         for factor, value in entry.tensors.items():
             if not value.is_floating_point() or not value.numel():
                 continue
-            low, high = torch.aminmax(value.float() if value.dtype.itemsize == 1 else value)
+            low, high = torch.aminmax(value)
             top = max(-float(low), float(high))
             if not top < float("inf"):
                 return f"{factor} holds NaN or infinite values"
@@ -213,4 +250,6 @@ def base_model_of(indexes: Mapping[str, NameIndex]) -> str:
 
 def display(source: Any) -> str:
     """A source as reports name it."""
+    if isinstance(source, Mapping):
+        return f"a dict of {len(source)} tensors"
     return str(Path(source)) if Path(source).exists() else str(source)

@@ -180,8 +180,9 @@ def refusal(report: LoadReport) -> LoadError:
         f"  {len(report.matched)} modules match ({_span_of(report.components)})" if report.matched else "  no module matches"
     )
     trainer = f"  written by {report.trainer}, dialect {report.dialect}" if report.trainer else f"  dialect {report.dialect}"
-    lines = [head, counts, trainer, *[line for line in report.problem_lines() if line.strip() != report.mismatch]]
-    hint = "  strict=False loads what fits" if report.matched else ""
+    skipped = [f"  left out on request: {n} modules of {c}" for c, n in report.skipped.items()]
+    lines = [head, counts, *skipped, trainer, *[line for line in report.problem_lines() if line.strip() != report.mismatch]]
+    hint = "  strict=False (--no-strict) loads what fits" if report.matched else ""
     return LoadError("\n".join(line for line in [*lines, hint] if line.strip()), report)
 
 

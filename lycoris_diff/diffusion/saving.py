@@ -14,9 +14,10 @@ from ..adapters.base import Adapter
 from ..adapters.combined import Combined
 from ..adapters.config import AdapterConfig
 from ..checkpoints.checkpoint import Checkpoint, Entry
+from ..checkpoints.rewrite import with_strength_one
 from ..checkpoints.write import WriteReport, write_checkpoint
 from ..errors import AdapterError
-from ..injection import saved_copies
+from ..injection import saved_copies, state_of
 from ..naming import BASES, index_model
 from .components import known_adapter, layers_of, models_of, records
 from .planning import base_model_of
@@ -86,6 +87,12 @@ def _live_entries(model: nn.Module, name: str, component: str) -> dict[str, list
                 f"adapter {name!r} trains {component}.{path} in full, which community formats have no place for; "
                 "save_pretrained() keeps it"
             )
+    state = state_of(model)
+    if state is not None and state.biases is not None and state.biases.owner == name:
+        raise AdapterError(
+            f"adapter {name!r} trains biases of the {component} (bias={getattr(state.configs[name], 'bias', 'all')!r}), which "
+            "community formats have no place for; save_pretrained() keeps them"
+        )
     layers = layers_of(model)
     return {path: _entries(layer.adapter(name), path) for path, layer in layers.items() if name in layer.adapters}
 
@@ -102,7 +109,8 @@ def _entries(adapter: Adapter, path: str) -> list[Entry]:
                 "cannot be written; save the parts of the sum by themselves"
             )
         entry = _entry(part)
-        found.append(replace(entry, scale=entry.scale * weight))
+        weighed = replace(entry, scale=entry.scale * weight)
+        found.append(weighed if hasattr(part.config, "alpha") else with_strength_one(weighed))
     return found
 
 

@@ -8,12 +8,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ..checkpoints.safety import PICKLE_SUFFIXES
 from ..errors import CheckpointError
 from ..files import CONFIG_NAME, WEIGHTS_NAME
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 #: keywords of `find_source` that only matter for the Hub
 HUB_ARGUMENTS = frozenset(("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download"))
 #: what optimizers, schedulers and training states are called, beside an adapter
@@ -33,6 +33,8 @@ def find_source(source: str | os.PathLike[str], weight_name: str | None = None, 
         CheckpointError: none or several files could be meant, or only a pickle is there.
         FileNotFoundError: there is no such file, directory or repository. OSError: the Hub cannot be reached.
     """
+    if not isinstance(source, (str, os.PathLike)) or not os.fspath(source):
+        raise CheckpointError(f"the source is {source!r:.100}; expected a file, a directory or a repository")
     path = Path(source)
     subfolder = hub.pop("subfolder", None) or ""
     if path.is_file():
@@ -65,8 +67,8 @@ def _only(names: Iterable[str], where: object) -> str:
     if len(found) == 1:
         return found[0]
     if found:
-        raise CheckpointError(f"{where} has several adapter files; pass weight_name, one of {sorted(found)}")
-    pickles = [n for n in every if n.endswith(_PICKLES)]
+        raise CheckpointError(f"{where} has several adapter files; pass one of them, or weight_name: {sorted(found)}")
+    pickles = [n for n in every if n.endswith(PICKLE_SUFFIXES)]
     hint = f"; {pickles[0]} is a pickle and is not read, re-save it as safetensors" if pickles else ""
     raise CheckpointError(f"{where} has no .safetensors file{hint}")
 

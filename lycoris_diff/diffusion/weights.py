@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from numbers import Real
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..adapters.combined import Combined
@@ -23,6 +24,8 @@ Weight = Any
 _BLOCKS = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}
 _NUMBERED = re.compile(r"block_(\d+)")
 _EVERYTHING = "*"
+#: strengths are kept in single precision
+_LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -108,8 +111,8 @@ def use_only(model: nn.Module, names: list[str]) -> None:
     """Make adapters the active ones; merged ones that are not among them leave the weights."""
     set_active(model, names)
     for layer in layers_of(model).values():
-        kept = tuple(n for n in layer.merged if n in names)
-        if kept != layer.merged:
+        kept = tuple(n for n in layer.held if n in names)
+        if kept != layer.held:
             layer.merge(kept)
 
 
@@ -226,6 +229,6 @@ def _matches(pattern: str, path: str, name: str) -> bool:
 
 
 def _number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, Real) or not -_LARGEST <= float(value) <= _LARGEST:
         raise AdapterError(f"the weight of adapter {name!r} is {value!r}; expected a finite number, or a dict of them")
     return float(value)

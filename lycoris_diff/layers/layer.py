@@ -116,6 +116,7 @@ class AdaptedLayer(nn.Module):
         """Take an adapter out that is not merged."""
         del self.adapters[name]
         self.active = tuple(n for n in self.active if n != name)
+        self.suspended = tuple(n for n in self.suspended if n != name)
         self.biased = any(adapter.changes_bias for _, adapter in self.named_adapters())
 
     # --- base weight -------------------------------------------------------------------------------------------------
@@ -344,11 +345,22 @@ class AdaptedLayer(nn.Module):
             values["bias"] = self.merged_bias(names)
         return values
 
+    @property
+    def held(self) -> tuple[str, ...]:
+        """Names of the merged adapters, or of those that `resume` merges again."""
+        return self.merged or self.suspended
+
     def merge(self, names: Iterable[str]) -> None:
-        """Write the named adapters into the base layer; the original is kept in host memory for `unmerge`."""
+        """Write the named adapters into the base layer; the original is kept in host memory for `unmerge`.
+
+        A suspended layer waits with it until `resume`.
+        """
         names = tuple(n for n in names if n in self.adapters)
         if not names:
             self.unmerge()
+            return
+        if not self.enabled:
+            self.suspended = names
             return
         values = self.merged_tensors(names)
         self.snapshot = Snapshot.take(self.base_layer, values, self.snapshot)
@@ -359,13 +371,13 @@ class AdaptedLayer(nn.Module):
         """Put the original weight and bias back, bit for bit."""
         if self.snapshot is not None:
             self.snapshot.restore(self.base_layer)
-        self.snapshot, self.merged = None, ()
+        self.snapshot, self.merged, self.suspended = None, (), ()
 
     def suspend(self) -> None:
         """Be exactly the base layer until `resume`; merged adapters are taken out meanwhile."""
-        self.enabled = False
-        self.suspended = self.merged
+        held = self.held
         self.unmerge()
+        self.enabled, self.suspended = False, held
 
     def resume(self) -> None:
         """Undo `suspend`."""

@@ -6,11 +6,11 @@ from .families import FAMILIES, Family
 from .index import NameIndex, Part, Parts, Site, flatten
 from .lookup import find, native_names, native_of, nearest_name, portable_path, unknown_prefix
 from .prefixes import PREFIXES, Prefix, prefix_of, split_prefix
-from .sizes import factor_size
-from .writing import SCHEMES, Scheme, written_name
+from .writing import COMPONENTS, SCHEMES, Scheme, written_name
 
 __all__ = [
     "BASES",
+    "COMPONENTS",
     "FAMILIES",
     "KNOWN_BASES",
     "PREFIXES",
@@ -22,7 +22,6 @@ __all__ = [
     "Prefix",
     "Scheme",
     "Site",
-    "factor_size",
     "find",
     "flatten",
     "index_model",

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError, nearest
+from ..files import read_json
 from .build import index_model
 from .index import NameIndex
 
@@ -205,13 +206,13 @@ def _index_config(cls: str, component: str, text: str) -> NameIndex:
 
 
 def _index_directory(directory: Path) -> dict[str, NameIndex]:
-    listed = _read_json(directory / "model_index.json")
+    listed = read_json(directory / "model_index.json")
     found = {}
     for component, row in listed.items():
         library, cls = row if isinstance(row, list) and len(row) == 2 else ("", "")
         if library not in ("diffusers", "transformers") or not component.startswith((*_DENOISERS, "text_encoder")):
             continue
-        config = _read_json(directory / component / "config.json")
+        config = read_json(directory / component / "config.json")
         try:
             found[component] = _index_config(str(cls), component, json.dumps(config, sort_keys=True))
         except CheckpointError:  # an encoder that nothing here can build carries no adapter that could be placed
@@ -222,16 +223,6 @@ def _index_directory(directory: Path) -> dict[str, NameIndex]:
             f"{directory / 'model_index.json'} lists no denoiser or text encoder of diffusers or transformers"
         )
     return found
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not readable as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not the fields of a configuration")
-    return content
 
 
 def _empty_model(name: str, fields: Mapping[str, Any]) -> nn.Module:

@@ -21,6 +21,8 @@ _KOHYA = {
     "te3": "lora_te3_",
 }
 _ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+#: attributes of pipelines that adapter files exist for
+COMPONENTS = (*_UNNUMBERED, "transformer_2", *_ENCODERS)
 #: width of a CLIP encoder -> ComfyUI's name of it
 _CLIP_NAMES = {768: "clip_l", 1024: "clip_h", 1280: "clip_g"}
 _T5_NAMES = {"t5": "t5xxl", "umt5": "umt5xxl"}
@@ -55,7 +57,7 @@ SCHEMES: dict[str, Scheme] = {
         dict.fromkeys(_UNNUMBERED, "diffusion_model.")
         | {name: f"text_encoders.{name}.transformer." for name in (*_CLIP_NAMES.values(), *_T5_NAMES.values())},
     ),
-    "diffusers": Scheme(False, "diffusers", {name: f"{name}." for name in (*_UNNUMBERED, "transformer_2", *_ENCODERS)}),
+    "diffusers": Scheme(False, "diffusers", {name: f"{name}." for name in COMPONENTS}),
     "omi": Scheme(
         False,
         "native",
@@ -63,7 +65,7 @@ SCHEMES: dict[str, Scheme] = {
         leaves=True,
     ),
     "bare": Scheme(False, "native", dict.fromkeys(_UNNUMBERED, "")),
-    "peft": Scheme(False, "installed", dict.fromkeys((*_UNNUMBERED, "transformer_2", *_ENCODERS), "base_model.model.")),
+    "peft": Scheme(False, "installed", dict.fromkeys(COMPONENTS, "base_model.model.")),
 }
 
 
@@ -116,7 +118,7 @@ def _roles(indexes: Mapping[str, NameIndex], component: str) -> tuple[str, ...]:
     index = indexes[component]
     if component not in _ENCODERS:
         return (component,)
-    alone = sum(name in _ENCODERS for name in indexes) == 1
+    alone = component == "text_encoder" and sum(name in _ENCODERS for name in indexes) == 1
     # Flux' second encoder is a T5, which sd-scripts counts as the third
     number = 3 if index.family == "t5" else _ENCODERS.index(component) + 1
     return component, "te" if alone else f"te{number}", _comfyui_name(index, component)
