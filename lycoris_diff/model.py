@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapters.base import ADAPTERS
+from .adapters.base import ADAPTERS, LARGEST_STRENGTH
 from .adapters.boft import BOFTConfig
 from .adapters.config import AdapterConfig
 from .adapters.full import FullConfig
@@ -160,7 +160,7 @@ class AdapterModel(TransparentWrapper):
             AdapterError: an unknown name or a scale that is not a finite number.
         """
         self._known([adapter_name])
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not abs(scale) <= LARGEST_STRENGTH:
             raise AdapterError(f"scale of {adapter_name!r} is {scale!r}; expected a finite number")
         for _, layer in adapted_layers(self.model):
             if adapter_name in layer.adapters:

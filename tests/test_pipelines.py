@@ -24,6 +24,7 @@ from lycoris_diff.diffusion import (
     list_adapters,
     load_adapter,
     merge_adapters,
+    save_adapter,
     set_adapters,
     unfuse_adapters,
     unload_adapters,
@@ -773,3 +774,17 @@ def test_numbers_as_weights(mixed):
     with pytest.raises(AdapterError, match="finite"):
         set_adapters(pipe, {"style": 1e300})
     assert explain(pipe) == before
+
+
+def test_weights_that_name_nothing_and_other_base_models_are_refused(tmp_path):
+    pipe = pipeline("sd15")
+    path = tmp_path / "a.safetensors"
+    make_file(path, pipe)
+    load_adapter(pipe, path, "a", weight=0.5)
+    for weights in ({}, 10**400, 1e39):
+        with pytest.raises(AdapterError, match="weight"):
+            set_adapters(pipe, {"a": weights})
+    assert {s.weight for found in explain(pipe).components["unet"].values() for s in found} == {0.5}
+    with pytest.raises(AdapterError, match="sd99"):
+        save_adapter(pipe, tmp_path / "b.safetensors", "a", base_model="sd99")
+    assert not (tmp_path / "b.safetensors").exists()

@@ -39,6 +39,10 @@ class Site:
     weight: Callable[[], Tensor]
 
 
+#: strengths live in float32 tensors
+LARGEST_STRENGTH = torch.finfo(torch.float32).max
+
+
 class Adapter(nn.Module):
     """Factors of one algorithm on one weight.
 

@@ -18,7 +18,8 @@ from ..checkpoints.rewrite import with_strength_one
 from ..checkpoints.write import WriteReport, write_checkpoint
 from ..errors import AdapterError
 from ..injection import saved_copies, state_of
-from ..naming import BASES, index_model
+from ..naming import BASES, index_model, known_base
+from ..naming.bases import ALIASES
 from .components import known_adapter, layers_of, models_of, records
 from .planning import base_model_of
 
@@ -56,6 +57,11 @@ def save_adapter(
     checkpoint = checkpoint_of(pipe, adapter_name)
     indexes = {component: index_model(model, component) for component, model in models_of(pipe).items()}
     known = base_model_of(indexes)
+    if base_model:
+        known_base(base_model)  # refuses what it does not know
+        row = ALIASES.get(base_model, base_model)
+        if row in BASES and known in BASES and row != known:
+            raise AdapterError(f"the pipeline is {known!r}, not {base_model!r}; leave base_model out")
     base = base_model or checkpoint.base_model or (known if known in BASES else "")
     checkpoint = replace(checkpoint, base_model=base)
     return write_checkpoint(checkpoint, path, format, dtype=dtype, metadata=metadata, indexes=indexes)

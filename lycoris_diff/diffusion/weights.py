@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from numbers import Real
 from typing import Any
 
-import torch
 from torch import nn
 
+from ..adapters.base import LARGEST_STRENGTH
 from ..adapters.combined import Combined
 from ..errors import AdapterError, nearest
 from ..injection import set_active, state_of
@@ -24,8 +24,6 @@ Weight = Any
 _BLOCKS = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}
 _NUMBERED = re.compile(r"block_(\d+)")
 _EVERYTHING = "*"
-#: strengths are kept in single precision
-_LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -163,6 +161,8 @@ def resolve(name: str, spec: Weight, paths: Mapping[str, Sequence[str]]) -> dict
     if not isinstance(spec, Mapping):
         value = _number(name, spec)
         return {component: dict.fromkeys(own, value) for component, own in paths.items()}
+    if not spec:
+        raise AdapterError(f"the weights of adapter {name!r} are an empty dict, which names no module; 0 switches it off")
     result = {component: dict.fromkeys(own, 0.0) for component, own in paths.items()}
     for key, value in spec.items():
         if key in paths:
@@ -228,7 +228,7 @@ def _matches(pattern: str, path: str, name: str) -> bool:
         raise AdapterError(f"adapter {name!r}: {pattern!r} is no pattern: {error}") from error
 
 
-def _number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not -_LARGEST <= float(value) <= _LARGEST:
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real) or not abs(value) <= LARGEST_STRENGTH:
         raise AdapterError(f"the weight of adapter {name!r} is {value!r}; expected a finite number, or a dict of them")
     return float(value)
