@@ -158,7 +158,7 @@ def test_every_spelling_of_lora_is_the_same_adapter(case):
         ("lora_unet_a", ("unet", "transformer")),
         ("lora_te_a", ("text_encoder",)),
         ("lora_te2_a", ("text_encoder_2",)),
-        ("lora_te3_a", ("text_encoder_3", "text_encoder_2", "text_encoder")),
+        ("lora_te3_a", ("text_encoder_3", "text_encoder_2")),
         ("lycoris_a", ()),
         ("transformer_2.a", ("transformer_2",)),
         ("base_model.model.a", ()),

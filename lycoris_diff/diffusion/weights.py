@@ -228,7 +228,8 @@ def _matches(pattern: str, path: str, name: str) -> bool:
         raise AdapterError(f"adapter {name!r}: {pattern!r} is no pattern: {error}") from error
 
 
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not abs(value) <= LARGEST_STRENGTH:
+def _number(name: str, value: object) -> float:
+    number: Any = value
+    if isinstance(value, bool) or not isinstance(value, Real) or not abs(number) <= LARGEST_STRENGTH:
         raise AdapterError(f"the weight of adapter {name!r} is {value!r}; expected a finite number, or a dict of them")
-    return float(value)
+    return float(number)

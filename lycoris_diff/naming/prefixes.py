@@ -35,7 +35,7 @@ PREFIXES: tuple[Prefix, ...] = (
     Prefix("lora_te_", True, ("text_encoder",), "kohya"),
     Prefix("lora_te1_", True, ("text_encoder",), "kohya"),
     Prefix("lora_te2_", True, ("text_encoder_2",), "kohya"),
-    Prefix("lora_te3_", True, ("text_encoder_3", "text_encoder_2", "text_encoder"), "kohya"),
+    Prefix("lora_te3_", True, ("text_encoder_3", "text_encoder_2"), "kohya"),
     Prefix("oft_unet_", True, _DENOISER, "kohya-oft"),
     Prefix("lycoris_", True, (), "lycoris"),
     Prefix("lora_transformer_", True, ("transformer",), "onetrainer-legacy"),
