@@ -271,3 +271,13 @@ def test_names_that_peft_has(files):
         load_adapter(pipe, own, "default_0")
     dropin = StableDiffusionLycorisPipeline(**pipe.components, requires_safety_checker=False)
     assert dropin.load_lora_weights(own).adapter_name == "default_1"
+
+
+def test_names_that_ours_have(files):
+    base, own, ours, foreign, _ = files
+    pipe = copy.deepcopy(base)
+    load_adapter(pipe, own, "style")
+    with pytest.raises(AdapterError, match="'style' is taken"):
+        pipe.load_lora_weights(foreign, adapter_name="style")
+    assert pipe.get_list_adapters() == {}
+    assert close(latents(pipe), latents(with_changes(base, (ours, 1.0))))

@@ -21,7 +21,7 @@ from torch import nn
 from ..errors import AdapterError
 from ..injection import adapted_layers, replace_modules
 from ..layers.layer import AdaptedLayer
-from .components import models_of
+from .components import adapter_names, models_of
 from .offload import regroup
 
 #: methods of diffusers' and transformers' models in which PEFT rebuilds or writes into layers
@@ -87,7 +87,11 @@ def _wrapped(original: Any) -> Any:
     @functools.wraps(original)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         # asked for anew: a copy of the pipeline has models of its own
-        with all_aside({"": self} if isinstance(self, nn.Module) else models_of(self)):
+        models = {"": self} if isinstance(self, nn.Module) else models_of(self)
+        name = kwargs.get("adapter_name")
+        if original.__name__.startswith("load_lora") and name in adapter_names(models):
+            raise AdapterError(f"adapter name {name!r} is taken; delete_adapter() the one that has it, or choose another name")
+        with all_aside(models):
             return original(self, *args, **kwargs)
 
     method._steps_aside = True  # type: ignore[attr-defined]
