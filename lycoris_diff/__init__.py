@@ -41,8 +41,9 @@ from .diffusion import (
 from .errors import AdapterError, CheckpointError, ConfigError, TargetError
 from .injection import InjectReport, inject_adapter
 from .layers.layer import AdaptedLayer
-from .model import (
-    AdapterModel,
+from .model import AdapterModel
+from .peft_format import get_peft_model_state_dict, set_peft_model_state_dict
+from .systems import (
     BOFTModel,
     DiagOFTModel,
     FullModel,
@@ -59,7 +60,6 @@ from .model import (
     TLoraModel,
     get_peft_model,
 )
-from .peft_format import get_peft_model_state_dict, set_peft_model_state_dict
 
 __version__ = "0.1.0"
 

@@ -12,20 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapters.base import ADAPTERS, LARGEST_STRENGTH
-from .adapters.boft import BOFTConfig
+from .adapters.base import LARGEST_STRENGTH
 from .adapters.config import AdapterConfig
-from .adapters.full import FullConfig
-from .adapters.glora import GLoraConfig
-from .adapters.ia3 import IA3Config
-from .adapters.loha import LoHaConfig
-from .adapters.lokr import LoKrConfig
-from .adapters.lora import LoraConfig
-from .adapters.miss import MissConfig
-from .adapters.norm import NormConfig
-from .adapters.oft import DiagOFTConfig, OFTConfig
-from .adapters.shira import ShiraConfig
-from .adapters.tlora import TLoraConfig
 from .errors import AdapterError, ConfigError
 from .injection import (
     AdapterState,
@@ -366,7 +354,7 @@ class AdapterModel(TransparentWrapper):
         if isinstance(model, AdapterModel):
             raise AdapterError(f"{type(model).__name__} is already a wrapper; use its load_adapter()")
         loaded = load_adapter_directory(model, model_id, adapter_name, is_trainable, config, autocast_adapter_dtype, **hub)
-        wrapper = _MODELS.get(loaded.peft_name, AdapterModel)
+        wrapper = class_for(loaded.peft_name)
         return wrapper(model)
 
     def load_adapter(
@@ -397,105 +385,10 @@ class AdapterModel(TransparentWrapper):
                 raise AdapterError(f"there is no adapter {name!r}; adapters: {sorted(self.peft_config)}")
 
 
-class LoraModel(AdapterModel):
-    """A model with LoRA / LoCon adapters first (arXiv 2106.09685); others may be added."""
-
-    config_class = LoraConfig
-
-
-class LoKrModel(AdapterModel):
-    """A model with LoKr adapters first (arXiv 2309.14859); others may be added."""
-
-    config_class = LoKrConfig
-
-
-class LoHaModel(AdapterModel):
-    """A model with LoHa adapters first (arXiv 2108.06098); others may be added."""
-
-    config_class = LoHaConfig
-
-
-class MissModel(AdapterModel):
-    """A model with MiSS adapters first (arXiv 2409.15371); others may be added."""
-
-    config_class = MissConfig
-
-
-class ShiraModel(AdapterModel):
-    """A model with SHiRA adapters first (arXiv 2406.13175); others may be added."""
-
-    config_class = ShiraConfig
-
-
-class GLoraModel(AdapterModel):
-    """A model with GLoRA adapters first (arXiv 2306.07967); others may be added."""
-
-    config_class = GLoraConfig
-
-
-class IA3Model(AdapterModel):
-    """A model with (IA)^3 adapters first (arXiv 2205.05638); others may be added."""
-
-    config_class = IA3Config
-
-
-class FullModel(AdapterModel):
-    """A model with full differences of weights and biases first; others may be added."""
-
-    config_class = FullConfig
-
-
-class NormModel(AdapterModel):
-    """A model with trained normalisation layers first; others may be added."""
-
-    config_class = NormConfig
-
-
-class DiagOFTModel(AdapterModel):
-    """A model with LyCORIS' OFT adapters first (arXiv 2306.07280); others may be added."""
-
-    config_class = DiagOFTConfig
-
-
-class BOFTModel(AdapterModel):
-    """A model with LyCORIS' BOFT adapters first (arXiv 2311.06243); others may be added."""
-
-    config_class = BOFTConfig
-
-
-class OFTModel(AdapterModel):
-    """A model with PEFT's OFT adapters first (arXiv 2306.07280); others may be added."""
-
-    config_class = OFTConfig
-
-
-class TLoraModel(AdapterModel):
-    """A model with T-LoRA adapters first (arXiv 2507.05964); others may be added."""
-
-    config_class = TLoraConfig
-
-
-PeftModel = AdapterModel
-_MODELS = {m.config_class.peft_name: m for m in AdapterModel.__subclasses__() if m.config_class}
-
-
-def get_peft_model(
-    model: nn.Module,
-    peft_config: AdapterConfig,
-    adapter_name: str = "default",
-    autocast_adapter_dtype: bool = True,
-    low_cpu_mem_usage: bool = False,
-    **kwargs: Any,
-) -> AdapterModel:
-    """Wrap a model with a new adapter; the wrapper's class follows the config.
-
-    Raises:
-        AdapterError: as `AdapterModel`; also for keywords that PEFT has and this library does not support.
-    """
-    if kwargs:
-        raise ConfigError(f"get_peft_model does not support {sorted(kwargs)}")
-    wrapper = _MODELS.get(getattr(peft_config, "peft_name", ""), AdapterModel)
-    return wrapper(model, peft_config, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype)
+def class_for(peft_name: str) -> type[AdapterModel]:
+    """The class of models that begin with an algorithm; the common one for algorithms without a class of their own."""
+    named = (c for c in AdapterModel.__subclasses__() if c.config_class and c.config_class.peft_name == peft_name)
+    return next(named, AdapterModel)
 
 
 @contextlib.contextmanager
@@ -508,6 +401,3 @@ def _progress(total: int, show: bool) -> Iterator[Any]:
     with Progress() as progress:
         task = progress.add_task("merging", total=total)
         yield lambda: progress.advance(task)
-
-
-__all__ = ["ADAPTERS", "AdapterModel", "get_peft_model"]

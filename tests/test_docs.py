@@ -22,6 +22,7 @@ ORDER = [
     {"peft_format", "merging"},
     {"files"},
     {"model"},
+    {"systems"},
     {"naming"},
     {"checkpoints"},
     {"diffusion"},

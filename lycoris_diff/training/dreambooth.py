@@ -16,7 +16,7 @@ from diffusers import DDPMScheduler, DiffusionPipeline
 from torch import nn
 
 from ..errors import AdapterError
-from ..model import get_peft_model
+from ..systems import get_peft_model
 from .batches import Batch, held_out_batches, training_batches
 from .config import COMPONENTS, DreamBoothConfig
 from .images import read_images
