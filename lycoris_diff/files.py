@@ -27,6 +27,8 @@ from .peft_format import compact_state_dict, config_from_dict, config_to_dict, g
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+#: what diffusers and SimpleTuner call an adapter file
+DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
 MAX_JSON = 2**24
 
 

@@ -45,9 +45,7 @@ def load_theirs(pipe, path):
     pipe.load_lora_weights(path, adapter_name="theirs")
 
 
-@pytest.mark.parametrize("order", ["PEFT first", "ours first"])
-def test_both_orders(order, files):
-    base, own, ours, foreign, theirs = files
+def with_both(order: str, base, own, foreign):
     pipe = copy.deepcopy(base)
     if order == "PEFT first":
         load_theirs(pipe, foreign)
@@ -55,6 +53,13 @@ def test_both_orders(order, files):
     else:
         load_adapter(pipe, own, "ours")
         load_theirs(pipe, foreign)
+    return pipe
+
+
+@pytest.mark.parametrize("order", ["PEFT first", "ours first"])
+def test_both_orders(order, files):
+    base, own, ours, foreign, theirs = files
+    pipe = with_both(order, base, own, foreign)
     assert list_adapters(pipe) == ["ours"]
     assert pipe.get_list_adapters() == {"unet": ["theirs"], "text_encoder": ["theirs"]}
     both = latents(with_changes(base, (ours, 1.0), (theirs, 1.0)))
@@ -73,13 +78,7 @@ def test_both_orders(order, files):
 @pytest.mark.parametrize("order", ["PEFT first", "ours first"])
 def test_unloading_in_any_order_leaves_nothing(order, first_out, files):
     base, own, ours, foreign, theirs = files
-    pipe = copy.deepcopy(base)
-    if order == "PEFT first":
-        load_theirs(pipe, foreign)
-        load_adapter(pipe, own, "ours")
-    else:
-        load_adapter(pipe, own, "ours")
-        load_theirs(pipe, foreign)
+    pipe = with_both(order, base, own, foreign)
     if first_out == "PEFT":
         pipe.unload_lora_weights()
         assert close(latents(pipe), latents(with_changes(base, (ours, 1.0))))

@@ -179,10 +179,8 @@ def _add(
 
 
 def _known_shape(index: NameIndex, parts: Parts) -> tuple[int, ...] | None:
-    shapes = [index.sites[part.path].shape for part in parts]
-    if (0, 0) in shapes:
-        return None
-    return (sum(s[0] for s in shapes), *shapes[0][1:])
+    unknown = any(index.sites[part.path].shape == (0, 0) for part in parts)
+    return None if unknown else index.whole(parts).shape
 
 
 def _fused(weight: _Weight, index: NameIndex) -> list[Entry]:

@@ -140,7 +140,7 @@ def _fit_behind_prefix(modules: list[Named], base: str) -> int:
 
 def _agrees(entries: list[Entry], index: NameIndex, parts: Parts) -> bool:
     """Whether factors make weights of the right size; what cannot be told counts as right."""
-    shapes = [index.sites[part.path].shape for part in parts]
-    rows, columns = sum(s[0] for s in shapes), prod(shapes[0][1:])
+    rows, *rest = index.whole(parts).shape
+    columns = prod(rest)
     told = [(row_count(entry), weight_shape(entry, flat=True)) for entry in entries]
     return all(own in (None, rows) and (shape is None or prod(shape[1:]) == columns) for own, shape in told)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..adapters.combined import CombinedConfig
 from ..errors import AdapterError, CheckpointError
-from ..files import CONFIG_NAME, MAX_JSON, WEIGHTS_NAME
+from ..files import CONFIG_NAME, DIFFUSERS_NAME, MAX_JSON, WEIGHTS_NAME
 from ..naming.index import flatten
 from ..naming.prefixes import split_prefix
 from .alpha import SCALED, Notes, training_args
@@ -26,7 +26,6 @@ from .slices import strength_factor, times
 from .suffixes import REFUSED, SUFFIXES, Split, is_harmless, split_key
 
 #: file that SimpleTuner writes beside its weights, and the key its content has in the metadata
-_LYCORIS_WEIGHTS = "pytorch_lora_weights.safetensors"
 _LYCORIS_CONFIG, _LYCORIS_KEY = "lycoris_config.json", "lycoris_config"
 #: parts of a weighted sum of adapters, as this library saves them
 _PART = re.compile(r"(?P<stem>.+)\.parts\.(?P<part>\d{1,4})")
@@ -156,7 +155,7 @@ def _with_side_files(
 
 def _is_about(file: Path, beside: Path) -> bool:
     """Whether a config in the folder can only be this file's."""
-    alone = file.name == _LYCORIS_WEIGHTS or len(list(file.parent.glob("*.safetensors"))) == 1
+    alone = file.name == DIFFUSERS_NAME or len(list(file.parent.glob("*.safetensors"))) == 1
     return alone and beside.stat().st_size <= MAX_JSON
 
 

@@ -114,17 +114,8 @@ def _locate(named: Named, name: str, flat: bool, indexes: Indexes) -> _Located |
         parts = find(indexes[component], name, flat) if component in indexes else None
         if parts:
             own = len(parts) == 1 and parts[0].rows is None and flatten(parts[0].path) == flatten(name)
-            found.append(_Located(named, component, parts, _whole(parts, indexes[component]), own))
+            found.append(_Located(named, component, parts, indexes[component].whole(parts), own))
     return next((item for item in found if len(found) > 1 and _fits(item)), found[0] if found else None)
-
-
-def _whole(parts: Parts, index: NameIndex) -> Site:
-    """The weight of which the parts are rows."""
-    sites = [index.sites[part.path] for part in parts]
-    if parts[0].rows is None:
-        return sites[0]
-    rows = max(part.rows[1] for part in parts if part.rows)
-    return Site(sites[0].kind, (rows, *sites[0].shape[1:]), any(site.bias for site in sites))
 
 
 def _fits(item: _Located) -> bool:

@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -136,7 +136,7 @@ def expect_small(what: str, *sizes: int) -> None:
 
 def non_finite_factors(entry: Entry) -> list[str]:
     """Names of an entry's factors that hold NaN or infinite values."""
-    return [name for name, value in entry.tensors.items() if value.is_floating_point() and not _is_finite(value)]
+    return [name for name, value in entry.tensors.items() if value.is_floating_point() and not isfinite(extreme(value))]
 
 
 def computable(value: Tensor) -> Tensor:
@@ -144,12 +144,12 @@ def computable(value: Tensor) -> Tensor:
     return value.to(torch.float16) if value.is_floating_point() and value.dtype.itemsize == 1 else value
 
 
-def _is_finite(value: Tensor) -> bool:
+def extreme(value: Tensor) -> float:
+    """Largest magnitude, NaN where there is any, 0 for nothing; without a copy of the tensor."""
     if not value.numel():
-        return True
-    # the extremes carry NaN and infinity, and need no copy of the tensor
+        return 0.0
     low, high = torch.aminmax(value)
-    return bool(torch.isfinite(low) & torch.isfinite(high))
+    return max(-float(low), float(high))
 
 
 # --- parts of a header ---------------------------------------------------------------------------------------------------

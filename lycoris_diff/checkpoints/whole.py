@@ -17,9 +17,7 @@ def native_index(index: NameIndex) -> NameIndex:
     sites: dict[str, Site] = {}
     aliases: dict[str, Parts] = {}
     for name, parts in native_names(index).items():
-        own = [index.sites[part.path] for part in parts]
-        rows = sum(site.shape[0] for site in own)
-        sites[name] = Site(own[0].kind, (rows, *own[0].shape[1:]), any(site.bias for site in own))
+        sites[name] = index.whole(parts)
         if len(parts) == 1 and not parts[0].swapped:
             aliases |= {other: (Part(name),) for other in (parts[0].path, *_spellings(index, parts)) if other != name}
     return NameIndex(index.component, index.family, sites, {}, aliases)

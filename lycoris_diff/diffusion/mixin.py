@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import AdapterError
+from ..files import DIFFUSERS_NAME
 from .beside_peft import all_aside, has_peft
 from .components import adapter_names, layers_of, models_of
 from .fusing import fuse_adapters, fused_adapters, unfuse_adapters
@@ -66,7 +67,7 @@ class LycorisLoaderMixin:
         self,
         save_directory: str | os.PathLike[str],
         adapter_name: str | None = None,
-        weight_name: str = "pytorch_lora_weights.safetensors",
+        weight_name: str = DIFFUSERS_NAME,
         format: str = "kohya",
         dtype: torch.dtype | None = None,
         metadata: Mapping[str, str] | None = None,

@@ -18,7 +18,7 @@ from ..checkpoints.checkpoint import Checkpoint, Entry, RawCheckpoint
 from ..checkpoints.guess import closest_base, guess_base
 from ..checkpoints.parse import raw_from_tensors, read_raw
 from ..checkpoints.place import place
-from ..checkpoints.safety import computable
+from ..checkpoints.safety import computable, extreme
 from ..errors import AdapterError, CheckpointError
 from ..execution.geometry import geometry_of
 from ..execution.norms import norm_geometry_of
@@ -213,10 +213,7 @@ def _unusable(entries: Sequence[Entry], dtype: torch.dtype) -> str:
     largest = torch.finfo(dtype).max
     for entry in entries:
         for factor, value in entry.tensors.items():
-            if not value.is_floating_point() or not value.numel():
-                continue
-            low, high = torch.aminmax(value)
-            top = max(-float(low), float(high))
+            top = extreme(value) if value.is_floating_point() else 0.0
             if not top < float("inf"):
                 return f"{factor} holds NaN or infinite values"
             if top > largest:

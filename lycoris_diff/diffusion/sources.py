@@ -10,10 +10,9 @@ from typing import Any
 
 from ..checkpoints.safety import PICKLE_SUFFIXES
 from ..errors import CheckpointError
-from ..files import CONFIG_NAME, WEIGHTS_NAME
+from ..files import CONFIG_NAME, DIFFUSERS_NAME, WEIGHTS_NAME
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
-_DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
 #: keywords of `find_source` that only matter for the Hub
 HUB_ARGUMENTS = frozenset(("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download"))
 #: what optimizers, schedulers and training states are called, beside an adapter
@@ -62,7 +61,7 @@ def _only(names: Iterable[str], where: object) -> str:
     """The one adapter file among names."""
     every = list(names)
     files = [n for n in every if n.endswith(".safetensors") and not any(word in n for word in _NO_ADAPTER)]
-    preferred = [n for n in files if PurePosixPath(n).name in (_DIFFUSERS_NAME, WEIGHTS_NAME)]
+    preferred = [n for n in files if PurePosixPath(n).name in (DIFFUSERS_NAME, WEIGHTS_NAME)]
     found = preferred if len(preferred) == 1 else files
     if len(found) == 1:
         return found[0]

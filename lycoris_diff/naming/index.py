@@ -87,6 +87,14 @@ class NameIndex:
             return (Part(name),)
         return self.native.get(name) or self.aliases.get(name)
 
+    def whole(self, parts: Parts) -> Site:
+        """The weight of which the parts are rows."""
+        sites = [self.sites[part.path] for part in parts]
+        ends = [part.rows[1] for part in parts if part.rows]
+        if not ends:
+            return sites[0]
+        return Site(sites[0].kind, (max(ends), *sites[0].shape[1:]), any(site.bias for site in sites))
+
     @cached_property
     def owner(self) -> dict[str, str]:
         """Diffusers path -> native name of the weight that holds it; paths whose native name is their own are left out."""
