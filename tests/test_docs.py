@@ -55,6 +55,13 @@ def test_examples_of_loading_run(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "style-peft" / "adapter_config.json").is_file()
 
 
+def test_examples_of_training_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run_examples(ROOT / "docs" / "training.md") >= 7
+    assert "held-out loss" in capsys.readouterr().out
+    assert (tmp_path / "sks" / "sks.safetensors").is_file()
+
+
 def test_quick_start_is_two_commands():
     text = (ROOT / "README.md").read_text(encoding="utf-8").split("## Quick start")[1]
     commands = re.findall(r"```bash\n(.*?)\n```", text, re.DOTALL)[:2]

@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 
 from ..errors import AdapterError
-from . import convert, demo, generate, inspect, merge
+from . import convert, demo, generate, inspect, merge, train
 
 #: modules with `register(subparsers)`; the parser's default `run(args)` returns the exit code
-COMMANDS = (demo, generate, inspect, convert, merge)
+COMMANDS = (demo, train, generate, inspect, convert, merge)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -37,6 +37,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (AdapterError, OSError) as error:
         print(f"lycoris-diff {args.command}: error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print(f"lycoris-diff {args.command}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"lycoris-diff {args.command}: interrupted{f': {interrupt}' if str(interrupt) else ''}", file=sys.stderr)
         return 130

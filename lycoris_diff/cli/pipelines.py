@@ -57,8 +57,8 @@ def add_pipeline_arguments(parser: argparse.ArgumentParser, adapter_required: bo
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
-def load_pipeline(model: str, dtype: str) -> Any:
-    """The pipeline behind ``--model``.
+def load_pipeline(model: str, dtype: str, revision: str | None = None, variant: str | None = None) -> Any:
+    """The pipeline behind ``--model``; `revision` and `variant` are those of a Hub repository's weights.
 
     Raises:
         AdapterError: no diffusers pipeline, or one that diffusers does not understand. OSError: nothing of this name opens.
@@ -75,7 +75,8 @@ def load_pipeline(model: str, dtype: str) -> Any:
     path = Path(model)
     if path.exists() and not (path / "model_index.json").is_file():
         raise AdapterError(f"{model} is no diffusers pipeline: it has no model_index.json; convert single files with diffusers")
-    arguments = {} if wanted is None else {"torch_dtype": wanted}
+    given = {"torch_dtype": wanted, "revision": revision, "variant": variant}
+    arguments = {name: value for name, value in given.items() if value is not None}
     try:
         return DiffusionPipeline.from_pretrained(model, **arguments)
     except (ValueError, AttributeError, ImportError) as error:

@@ -15,6 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .tokenizer import build_tokenizer
 
+COMPONENTS = ("vae", "text_encoder", "unet")
 PICTURE_SIZE = 64
 LATENT_CHANNELS = 4
 TEXT_WIDTH = 64

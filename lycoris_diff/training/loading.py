@@ -6,10 +6,11 @@ from os import PathLike
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
+from torch import nn
 
 from ..errors import AdapterError
+from ..files import CONFIG_NAME
 from ..model import AdapterModel
-from .config import COMPONENTS
 
 
 def load_trained(
@@ -18,8 +19,7 @@ def load_trained(
     adapter_name: str = "default",
     is_trainable: bool = False,
 ) -> list[str]:
-    """Load what `train_dreambooth` saved: wraps `pipe.unet` and `pipe.text_encoder` where `directory` has their
-    adapter.
+    """Load what `train_dreambooth` saved: wraps every component of which `directory` has an adapter.
 
     Either all components get their adapter or, on an error, none does.
 
@@ -37,9 +37,10 @@ def load_trained(
         OSError: a file cannot be opened.
     """
     folder = Path(directory)
-    found = [component for component in COMPONENTS if (folder / component).is_dir()]
+    components = [name for name, part in pipe.components.items() if isinstance(part, nn.Module)]
+    found = [component for component in components if (folder / component / CONFIG_NAME).is_file()]
     if not found:
-        raise AdapterError(f"no trained adapter in {str(folder)!r}; expected a sub-directory {' or '.join(COMPONENTS)}")
+        raise AdapterError(f"no trained adapter in {str(folder)!r}; expected a sub-directory {' or '.join(components)}")
     wrapped: list[str] = []
     try:
         for component in found:

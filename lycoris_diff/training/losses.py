@@ -1,46 +1,37 @@
-"""The denoising loss of Stable Diffusion."""
+"""The loss of a batch: squared errors of the subject's pictures and, beside them, of the class."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
-from diffusers import DDPMScheduler, SchedulerMixin
-from torch import nn
-
-from ..errors import AdapterError
-from .batches import Batch
-
-PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 
-def training_scheduler(scheduler: SchedulerMixin) -> DDPMScheduler:
-    """Return the noise schedule that the pipeline's own `scheduler` was made for.
-
-    Raises:
-        AdapterError: its prediction type has no loss here.
-    """
-    prediction_type = scheduler.config.get("prediction_type", "epsilon")
-    if prediction_type not in PREDICTION_TYPES:
-        raise AdapterError(f"the scheduler's prediction_type is {prediction_type!r}; expected one of {list(PREDICTION_TYPES)}")
-    return DDPMScheduler.from_config(scheduler.config)
-
-
-def denoising_loss(unet: nn.Module, scheduler: DDPMScheduler, batch: Batch, text: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of what `unet` predicts for noised latents, as a float32 scalar.
-
-    The target is the noise ("epsilon") or the velocity ("v_prediction"), whichever the scheduler says.
+def sample_losses(prediction: torch.Tensor, target: torch.Tensor, masks: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean squared error of every sample, float32 of shape `(batch,)`.
 
     Args:
-        unet: called as diffusers' `UNet2DConditionModel`.
-        scheduler: adds the noise.
-        batch: latents, noise and timesteps, on the device of `unet`.
-        text: the prompt's hidden states `(1 or batch, tokens, width)`, in the dtype in which `unet` is to be fed.
+        prediction: of the denoiser, `(batch, ...)`.
+        target: the same shape.
+        masks: what counts, from 0 to 1, of a shape that broadcasts to the target's; the mean is taken over what counts.
     """
-    noisy = scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
-    if scheduler.config.prediction_type == "v_prediction":
-        target = scheduler.get_velocity(batch.latents, batch.noise, batch.timesteps)
-    else:
-        target = batch.noise
-    hidden = text.expand(len(noisy), -1, -1)
-    prediction = unet(noisy.to(text.dtype), batch.timesteps, encoder_hidden_states=hidden).sample
-    return F.mse_loss(prediction.float(), target.float())
+    errors = (prediction.float() - target.float()).square()
+    if masks is None:
+        return errors.flatten(1).mean(1)
+    masks = masks.expand_as(errors)
+    return (errors * masks).flatten(1).sum(1) / masks.flatten(1).sum(1).clamp(min=1e-6)
+
+
+def dreambooth_loss(
+    losses: torch.Tensor, weights: torch.Tensor | None, instances: int, prior_loss_weight: float
+) -> torch.Tensor:
+    """Mean over the subject's samples plus `prior_loss_weight` times the mean over the class's (arXiv 2208.12242).
+
+    Args:
+        losses: of every sample, `(batch,)`, the subject's first.
+        weights: of every sample's noise level, or None.
+        instances: how many of them show the subject; the others show the class.
+        prior_loss_weight: of the class.
+    """
+    if weights is not None:
+        losses = losses * weights
+    loss = losses[:instances].mean()
+    return loss if instances == len(losses) else loss + prior_loss_weight * losses[instances:].mean()
