@@ -322,7 +322,7 @@ class TestRecords:
         assert said["ss_network_module"] == "lycoris.kohya" and json.loads(said["ss_network_args"])["algo"] == "lokr"
         assert said["ss_unet_lr"] == "0.0001" and said["ss_text_encoder_lr"] == "5e-05" and said["ss_steps"] == "20"
         assert json.loads(said["ss_dataset_dirs"]) == {"sks": {"n_repeats": 4, "img_count": 3}}
-        assert said["ss_num_train_images"] == "12" and said["ss_training_finished_at"] == "1700000030.0"
+        assert said["ss_num_train_images"] == "12" and said["ss_training_finished_at"] == "1700000030.000"
         assert said["modelspec.trigger_phrase"] == "a sks circle" and said["modelspec.date"] == "2023-11-14T22:13:50"
         assert said["modelspec.architecture"].endswith("/lokr") and said["modelspec.title"] == "run"
         assert said["ss_sd_model_name"] == "base" and said["lycoris_diff.dataset"] == "ab" * 32
