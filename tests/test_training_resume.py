@@ -91,8 +91,11 @@ RUN = """
 import os, signal, sys
 sys.path.insert(0, {here!r})
 from pathlib import Path
+import torch
 from trainingcases import short_run, small_pipe
 from lycoris_diff.training import train_dreambooth
+
+torch.set_num_threads({threads})  # another number adds up in another order
 
 def on_step(step):
     print("step", step.step, flush=True)
@@ -105,7 +108,8 @@ train_dreambooth(small_pipe(), config, on_step)
 
 
 def run_script(pictures, output, last, act):
-    source = textwrap.dedent(RUN).format(here=str(HERE), pictures=str(pictures), output=str(output), last=last, act=act)
+    values = {"here": str(HERE), "pictures": str(pictures), "output": str(output), "threads": torch.get_num_threads()}
+    source = textwrap.dedent(RUN).format(**values, last=last, act=act)
     return subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=300, check=False)
 
 
