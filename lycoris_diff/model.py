@@ -31,6 +31,7 @@ from .injection import (
 )
 from .layers.snapshot import write
 from .merging import mergeable_layers, weighted_sum
+from .per_sample import samples_with
 from .wrapper import TransparentWrapper
 
 
@@ -80,6 +81,23 @@ class AdapterModel(TransparentWrapper):
     def get_base_model(self) -> nn.Module:
         """The base model (with the adapted layers inside)."""
         return self.model
+
+    def _invoke(self, *args: Any, adapter_names: Sequence[str | Sequence[str] | None] | None = None, **kwargs: Any) -> Any:
+        """Run the base model with its adapters.
+
+        Args:
+            *args: of the base model.
+            adapter_names: an entry for every sample of the batch: an adapter's name, several, or None (also ``"__base__"``) for
+                the base model alone; without it all samples run with the active adapters.
+            **kwargs: of the base model.
+
+        Raises:
+            AdapterError: as `per_sample.samples_with`.
+        """
+        if adapter_names is None:
+            return self.model(*args, **kwargs)
+        with samples_with([self.model], adapter_names):
+            return self.model(*args, **kwargs)
 
     # --- bookkeeping -------------------------------------------------------------------------------------------------
     @property

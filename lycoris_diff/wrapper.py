@@ -61,6 +61,10 @@ class TransparentWrapper(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Whatever the inner model returns."""
+        return self._invoke(*args, **kwargs)
+
+    def _invoke(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the inner model; subclasses may take arguments of their own out before."""
         return self.model(*args, **kwargs)
 
 
@@ -71,7 +75,7 @@ def _with_signature(wrapper: type, base: Any) -> type:
         return wrapper
 
     def forward(self: TransparentWrapper, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
+        return self._invoke(*args, **kwargs)
 
     forward.__doc__ = base.forward.__doc__
     with contextlib.suppress(TypeError, ValueError):  # a builtin forward has no signature to show

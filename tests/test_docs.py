@@ -19,7 +19,7 @@ ORDER = [
     {"layers"},
     {"targets", "biases"},
     {"injection"},
-    {"peft_format", "merging"},
+    {"peft_format", "merging", "per_sample"},
     {"files"},
     {"model"},
     {"systems"},

@@ -13,7 +13,7 @@ from .loading import (
 from .mixin import LycorisLoaderMixin
 from .report import LoadError, LoadReport, ModuleReport
 from .saving import checkpoint_of, save_adapter
-from .weights import Explanation, Strength, explain, set_adapters
+from .weights import Explanation, Strength, adapters_per_sample, explain, set_adapters
 
 __all__ = [
     "Explanation",
@@ -23,6 +23,7 @@ __all__ = [
     "ModuleReport",
     "Strength",
     "active_adapters",
+    "adapters_per_sample",
     "checkpoint_of",
     "delete_adapter",
     "disable_adapters",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -18,8 +17,9 @@ from ..errors import AdapterError
 from ..execution.costs import Choice, choose
 from ..execution.engine import Call, Term, adapted, cast, changed_weight
 from ..execution.geometry import Geometry, is_plain_weight, is_transformers_conv1d
-from ..execution.recompute import recompute
 from ..execution.steps import Program, Step
+from .parts import bias_change, plus, row_factor
+from .samples import Samples
 from .snapshot import Snapshot, write
 
 
@@ -50,9 +50,11 @@ class AdaptedLayer(nn.Module):
         active: names of the adapters in use, in order.
         enabled: False runs the base layer alone.
         biased: some adapter changes the bias.
+        samples: which adapters every sample of a batch runs with; None is the active ones for all.
     """
 
     biased = False
+    samples: Samples | None = None
 
     def __init__(self, base_layer: nn.Module, geometry: Geometry) -> None:
         super().__init__()
@@ -155,22 +157,27 @@ class AdaptedLayer(nn.Module):
     # --- forward -----------------------------------------------------------------------------------------------------
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output with the active adapters."""
+        if self.samples is not None and self.enabled:
+            return self._per_sample(self.samples, x, *args, **kwargs)
         names = self.active if self.enabled else ()
         if self.merged:
             names = tuple(n for n in names if n not in self.merged)
-        compiling = torch.compiler.is_compiling()
-        if not compiling:
-            # a zero strength is not run at all unless it trains: exactly the base, whatever the factors hold
-            names = tuple([n for n in names if self.adapter(n).get_strength() != 0.0 or self._trains(n)])
+        names = self._at_work(names)
         if not names:
             return self.base_layer(x, *args, **kwargs)
-        if not compiling and self._fusable(names, x):
+        if not torch.compiler.is_compiling() and self._fusable(names, x):
             if not torch.is_autocast_enabled(x.device.type):
                 return self._fused(names, x)
             x = x.to(compute_dtype(x))
             with torch.autocast(x.device.type, enabled=False):
                 return self._fused(names, x)
         return self._separate(names, x, *args, **kwargs)
+
+    def _at_work(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Those that are run. A zero strength is not unless it trains: exactly the base, whatever the factors hold."""
+        if torch.compiler.is_compiling():
+            return names
+        return tuple([n for n in names if self.adapter(n).get_strength() != 0.0 or self._trains(n)])
 
     def _trains(self, name: str) -> bool:
         return torch.is_grad_enabled() and any(p.requires_grad for p in self.adapter(name).parameters())
@@ -215,12 +222,7 @@ class AdaptedLayer(nn.Module):
         geo = self.geometry
         dtype = compute_dtype(x)
         inner, lead = geo.enter(x.to(dtype))
-        running = self._prepare(names, inner)
-        shift = None
-        if self.biased:
-            shift = bias_change([member[:2] for member in running])
-            running = [member for member in running if member.adapter.changes_weight]
-        active = [(a, f, None if p is not None and (p.eager_only or a.depends_on_weight) else p) for a, f, p, _ in running]
+        active, shift = self._apart(names, inner)
         dense = [(a, f) for a, f, p in active if p is None and not (self.training and _masked(a))]
         if dense and self._transparent() and self.has_plain_weight:
             base: Any = self.base_layer
@@ -234,6 +236,44 @@ class AdaptedLayer(nn.Module):
         for adapter, f, program in active:
             y = y + geo.leave(self._beside(adapter, f, program, inner), lead).to(y.dtype)
         return y if shift is None else y + shift.to(y.dtype).view(-1, *[1] * len(geo.kernel))
+
+    def _per_sample(self, samples: Samples, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer once for the whole batch, and every sample's own adapters beside it.
+
+        Raises:
+            AdapterError: adapters are merged, or the batch is no multiple of the samples.
+        """
+        if self.merged:
+            raise AdapterError(f"{list(self.merged)} are merged into the weights of all samples; unmerge (unfuse) them first")
+        y = self.base_layer(x, *args, **kwargs)
+        for names, rows in samples.rows(len(x), x.device):
+            at_work = self._at_work(tuple([n for n in names if n in self.adapters]))
+            if at_work:
+                part = self._contribution(at_work, x.index_select(0, rows)).to(y.dtype)
+                y = y.index_add(0, rows, part.expand(len(rows), *y.shape[1:]))
+        return y
+
+    def _contribution(self, names: Sequence[str], x: Tensor) -> Tensor:
+        """What adapters add to the base layer's output; it broadcasts to that."""
+        geo = self.geometry
+        inner, lead = geo.enter(x.to(compute_dtype(x)))
+        active, shift = self._apart(names, inner)
+        total: Tensor | None = None
+        for adapter, f, program in active:
+            total = plus(total, geo.leave(self._beside(adapter, f, program, inner), lead))
+        if shift is not None:
+            total = plus(total, shift.view(-1, *[1] * len(geo.kernel)))
+        assert total is not None  # an adapter changes the weight or the bias
+        return total
+
+    def _apart(self, names: Sequence[str], x: Tensor) -> tuple[list[tuple[Adapter, dict[str, Tensor], Program | None]], Any]:
+        """Active adapters for plain operations, those that change the weight; and the change of the bias, if there is one."""
+        running = self._prepare(names, x)
+        shift = None
+        if self.biased:
+            shift = bias_change([member[:2] for member in running])
+            running = [member for member in running if member.adapter.changes_weight]
+        return [(a, f, None if p is not None and (p.eager_only or a.depends_on_weight) else p) for a, f, p, _ in running], shift
 
     def _beside(self, adapter: Adapter, f: dict[str, Tensor], program: Program | None, x: Tensor) -> Tensor:
         """One adapter's own output, with its dropouts in training."""
@@ -396,61 +436,6 @@ class AdaptedLayer(nn.Module):
         state = f", merged={list(self.merged)}" if self.merged else ""
         return f"active={list(self.active)}{state}"
 
-
-def bias_change(members: Iterable[tuple[Adapter, dict[str, Tensor]]]) -> Tensor | None:
-    """Sum of the adapters' changes of the bias, ``(out,)`` in float32 or better; None when there is none."""
-    total = None
-    for adapter, f in members:
-        total = plus(total, adapter.bias_change(f))
-    return total
-
-
-def plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """Sum in the wider dtype, None standing for nothing."""
-    return a if b is None else b if a is None else a + b
-
-
-def row_factor(adapter: Adapter, weight: Tensor, f: dict[str, Tensor]) -> Tensor:
-    """``magnitude / ||W + dW||`` for every output row, ``(out,)``; nothing of the weight's size is kept for backward."""
-    names = tuple(f)
-
-    def compute(base: Tensor, *tensors: Tensor) -> Tensor:
-        factors = dict(zip(names, tensors))
-        work = base.to(torch.promote_types(base.dtype, torch.float32))
-        statistics = adapter.row_statistics(work, factors)
-        if statistics is None:
-            square = adapter.add_delta(work, factors).flatten(1).square().sum(1)
-        else:
-            inner, delta_square = statistics
-            square = row_squares(base) + 2 * inner + delta_square
-        tiny = torch.finfo(square.dtype).tiny
-        magnitude = factors[adapter.magnitude_name].reshape(-1).to(square.dtype)
-        return magnitude * square.clamp_min(tiny).rsqrt()
-
-    if adapter.small_row_statistics:
-        return compute(weight.detach(), *f.values())
-    return recompute(compute, weight.detach(), *f.values())
-
-
-def row_squares(weight: Tensor) -> Tensor:
-    """Squared norm of every row in float32 or better, ``(out,)``; remembered for as long as the weight does not change."""
-
-    def compute() -> Tensor:
-        work = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        return torch.linalg.vector_norm(work.flatten(1), dim=1).square()
-
-    transient = torch.is_inference_mode_enabled() or weight.is_inference() or torch._C._are_functorch_transforms_active()
-    if transient or torch.compiler.is_compiling():
-        return compute()
-    storage, key = weight.untyped_storage(), (weight.data_ptr(), weight._version)
-    found = _ROW_SQUARES.get(storage)
-    if found is None or found[0] != key:
-        found = _ROW_SQUARES[storage] = key, compute()
-    return found[1]
-
-
-#: squared row norms by the weight's storage, with the position and version they belong to
-_ROW_SQUARES: weakref.WeakKeyDictionary[torch.UntypedStorage, tuple[Any, Tensor]] = weakref.WeakKeyDictionary()
 
 _choose = functools.lru_cache(maxsize=4096)(choose)
 _PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -13,7 +13,8 @@ from ..execution.costs import Choice
 from ..execution.engine import changed_weight
 from ..execution.norms import run_with
 from ..execution.steps import Program
-from .layer import AdaptedLayer, bias_change, plus
+from .layer import AdaptedLayer
+from .parts import bias_change, plus
 
 
 class AdaptedNorm(AdaptedLayer):
@@ -24,6 +25,9 @@ class AdaptedNorm(AdaptedLayer):
 
     def _choose(self, adapter: Adapter, f: dict[str, Tensor], x: Tensor, plain: bool) -> tuple[Choice, Program | None]:
         return Choice("instead", None, 0), None
+
+    def _contribution(self, names: Sequence[str], x: Tensor) -> Tensor:
+        return self._separate(names, x) - self.base_layer(x)
 
     def _separate(self, names: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         active = [(member.adapter, member.f) for member in self._prepare(names, x)]

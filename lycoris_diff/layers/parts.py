@@ -1,0 +1,69 @@
+"""Small tensors of a layer that its adapters decide: the change of its bias, DoRA's factors of its rows."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapters.base import Adapter
+from ..execution.recompute import recompute
+
+
+def bias_change(members: Iterable[tuple[Adapter, dict[str, Tensor]]]) -> Tensor | None:
+    """Sum of the adapters' changes of the bias, ``(out,)`` in float32 or better; None when there is none."""
+    total = None
+    for adapter, f in members:
+        total = plus(total, adapter.bias_change(f))
+    return total
+
+
+def plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """Sum in the wider dtype, None standing for nothing."""
+    return a if b is None else b if a is None else a + b
+
+
+def row_factor(adapter: Adapter, weight: Tensor, f: dict[str, Tensor]) -> Tensor:
+    """``magnitude / ||W + dW||`` for every output row, ``(out,)``; nothing of the weight's size is kept for backward."""
+    names = tuple(f)
+
+    def compute(base: Tensor, *tensors: Tensor) -> Tensor:
+        factors = dict(zip(names, tensors))
+        work = base.to(torch.promote_types(base.dtype, torch.float32))
+        statistics = adapter.row_statistics(work, factors)
+        if statistics is None:
+            square = adapter.add_delta(work, factors).flatten(1).square().sum(1)
+        else:
+            inner, delta_square = statistics
+            square = row_squares(base) + 2 * inner + delta_square
+        tiny = torch.finfo(square.dtype).tiny
+        magnitude = factors[adapter.magnitude_name].reshape(-1).to(square.dtype)
+        return magnitude * square.clamp_min(tiny).rsqrt()
+
+    if adapter.small_row_statistics:
+        return compute(weight.detach(), *f.values())
+    return recompute(compute, weight.detach(), *f.values())
+
+
+def row_squares(weight: Tensor) -> Tensor:
+    """Squared norm of every row in float32 or better, ``(out,)``; remembered for as long as the weight does not change."""
+
+    def compute() -> Tensor:
+        work = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        return torch.linalg.vector_norm(work.flatten(1), dim=1).square()
+
+    transient = torch.is_inference_mode_enabled() or weight.is_inference() or torch._C._are_functorch_transforms_active()
+    if transient or torch.compiler.is_compiling():
+        return compute()
+    storage, key = weight.untyped_storage(), (weight.data_ptr(), weight._version)
+    found = _ROW_SQUARES.get(storage)
+    if found is None or found[0] != key:
+        found = _ROW_SQUARES[storage] = key, compute()
+    return found[1]
+
+
+#: squared row norms by the weight's storage, with the position and version they belong to
+_ROW_SQUARES: weakref.WeakKeyDictionary[torch.UntypedStorage, tuple[Any, Tensor]] = weakref.WeakKeyDictionary()
