@@ -24,6 +24,7 @@ from .checkpoints.inspect import InspectReport, inspect_checkpoint
 from .checkpoints.read import read_checkpoint
 from .checkpoints.write import WriteReport, write_checkpoint
 from .diffusion import (
+    HotswapReport,
     LoadError,
     LoadReport,
     LycorisLoaderMixin,
@@ -34,6 +35,7 @@ from .diffusion import (
     list_adapters,
     load_adapter,
     merge_adapters,
+    prepare_hotswap,
     save_adapter,
     set_adapters,
     unfuse_adapters,
@@ -81,6 +83,7 @@ __all__ = [
     "FullModel",
     "GLoraConfig",
     "GLoraModel",
+    "HotswapReport",
     "IA3Config",
     "IA3Model",
     "InjectReport",
@@ -119,6 +122,7 @@ __all__ = [
     "list_adapters",
     "load_adapter",
     "merge_adapters",
+    "prepare_hotswap",
     "read_checkpoint",
     "save_adapter",
     "set_adapters",

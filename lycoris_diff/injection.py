@@ -341,9 +341,11 @@ def set_active(model: nn.Module, names: list[str], inference_mode: bool = False)
     state.active = list(dict.fromkeys(names))
     trainable = {n for n in names if not (inference_mode or known[n].inference_mode)}
     for _, layer in adapted_layers(model):
-        layer.active = tuple(n for n in state.active if n in layer.adapters)
+        pinned = tuple(name for name, adapter in layer.named_adapters() if adapter.pinned)
+        layer.active = pinned + tuple(n for n in state.active if n in layer.adapters and n not in pinned)
         for name, adapter in layer.named_adapters():
             adapter.requires_grad_(name in trainable)
+            adapter.switch(name in state.active)
     for path, module in saved_copies(model):
         module.active = copies[path]
         for name, copied in module.modules_to_save.items():

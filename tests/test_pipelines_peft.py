@@ -217,7 +217,7 @@ def test_drop_in_refusals(dropin, files):
     pipe, own = dropin, files[1]
     with pytest.raises(AdapterError, match="no adapter that can be read"):
         pipe.load_lora_weights({"a": torch.ones(1)})
-    with pytest.raises(AdapterError, match="hotswap"):
+    with pytest.raises(AdapterError, match="prepare_hotswap"):
         pipe.load_lora_weights(own, hotswap=True)
     pipe.load_lora_weights(own, adapter_name="a")
     for call in (

@@ -72,6 +72,9 @@ class Adapter(nn.Module):
     #: targets for ``target_modules=None``; None takes the defaults for the model's architecture
     default_targets: ClassVar[str | None] = None
 
+    #: runs in every call even while off, so that switching it changes tensors only
+    pinned: ClassVar[bool] = False
+
     #: what `row_statistics` keeps for backward is a few vectors
     small_row_statistics: ClassVar[bool] = False
 
@@ -144,6 +147,11 @@ class Adapter(nn.Module):
         Raises:
             AdapterError: the weight is not to be had, or the factors do not belong to it.
         """
+
+    @classmethod
+    def rank_axes(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """Axes along which factors may be longer than needed, filled with zeros, without another change of the weight."""
+        return {}
 
     @classmethod
     def peft_gap(cls, geometry: Geometry, config: Any) -> str | None:
@@ -250,6 +258,18 @@ class Adapter(nn.Module):
     def get_strength(self) -> float:
         """Multiplier of the trained strength."""
         return self._strength
+
+    def in_use(self) -> list[Adapter]:
+        """The adapters this one consists of: itself, the parts of a sum, or what a slot holds."""
+        return [self]
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to add: at zero strength it is not run at all."""
+        return self._strength == 0.0
+
+    def switch(self, on: bool) -> None:
+        """Be told whether the adapter is among the active ones; those that are not do not run, so most do not care."""
 
     def set_strength(self, value: float) -> None:
         """Set the multiplier; it lives in a tensor, so a compiled model does not recompile."""

@@ -77,6 +77,9 @@ class Combined(Adapter):
     def _parts(self) -> list[tuple[int, Adapter]]:
         return [(int(i), p) for i, p in self.parts.items()]  # type: ignore[misc]
 
+    def in_use(self) -> list[Adapter]:
+        return [part for _, part in self._parts()]
+
     @property
     def depends_on_weight(self) -> bool:
         return any(p.depends_on_weight for _, p in self._parts())

@@ -58,6 +58,10 @@ class GLora(Adapter):
             out["glora_b2"] = second.reshape(-1, *geometry.shape[1:])
         return out
 
+    @classmethod
+    def rank_axes(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        return {"glora_a1": (1,), "glora_a2": (0,), "glora_b1": (1,), "glora_b2": (0,), "glora_bm": (0, 1)}
+
     def reset(self, site: Site) -> None:
         kaiming = partial(nn.init.kaiming_uniform_, a=math.sqrt(5))
         last = nn.init.zeros_ if self.config.init_weights else kaiming

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -50,6 +51,12 @@ class LoHa(Adapter):
         if config.weight_decompose:
             shapes[cls.magnitude_name] = magnitude_shape(geometry, config.dora_axis)
         return shapes
+
+    @classmethod
+    def rank_axes(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        first = (0,) if "hada_t1" in shapes else (1,)
+        own = {"hada_w1_a": first, "hada_w2_a": first, "hada_w1_b": (0,), "hada_w2_b": (0,)}
+        return own | {"hada_t1": (0, 1), "hada_t2": (0, 1)}
 
     @classmethod
     def peft_gap(cls, geometry: Geometry, config: LoHaConfig) -> str | None:

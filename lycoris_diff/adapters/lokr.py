@@ -123,6 +123,12 @@ class LoKr(Adapter):
             )
 
     @classmethod
+    def rank_axes(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        second = (0,) if "lokr_t2" in shapes else (1,)
+        own = {"lokr_w1_a": (1,), "lokr_w1_b": (0,), "lokr_w2_a": second, "lokr_w2_b": (0,)}
+        return own | {"lokr_t2": (0, 1)}
+
+    @classmethod
     def peft_gap(cls, geometry: Geometry, config: LoKrConfig) -> str | None:
         if config.rows is not None:
             return "PEFT has no LoKr on a window of the product's rows"

@@ -98,6 +98,10 @@ class Lora(Adapter):
         return {k.replace(f"{cls.magnitude_name}.weight", cls.magnitude_name): v for k, v in tensors.items()}
 
     @classmethod
+    def rank_axes(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        return {_A: (0,), _M: (0, 1), _B: (1,)}
+
+    @classmethod
     def peft_gap(cls, geometry: Geometry, config: LoraConfig) -> str | None:
         if config.use_effective_conv2d and geometry.has_kernel:
             return "PEFT's LoRA has no Tucker core"

@@ -110,6 +110,10 @@ class Shira(Adapter):
         return {"shira_weight": tensors["shira_weight"][order], "shira_gaps": shira.encode_gaps(positions)}
 
     @classmethod
+    def rank_axes(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        return {"shira_weight": (0,), "shira_indices": (1,)}
+
+    @classmethod
     def peft_gap(cls, geometry: Geometry, config: ShiraConfig) -> str | None:
         return "PEFT's SHiRA knows Linear only" if geometry.kernel or geometry.transposed else None
 

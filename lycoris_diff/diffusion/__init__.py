@@ -1,6 +1,7 @@
 """Adapters on diffusers pipelines: load, weigh, mix, fuse, unload and save."""
 
 from .fusing import fuse_adapters, fused_adapters, merge_adapters, unfuse_adapters
+from .hotswap import HotswapReport, prepare_hotswap
 from .loading import (
     active_adapters,
     delete_adapter,
@@ -17,6 +18,7 @@ from .weights import Explanation, Strength, adapters_per_sample, explain, set_ad
 
 __all__ = [
     "Explanation",
+    "HotswapReport",
     "LoadError",
     "LoadReport",
     "LycorisLoaderMixin",
@@ -34,6 +36,7 @@ __all__ = [
     "list_adapters",
     "load_adapter",
     "merge_adapters",
+    "prepare_hotswap",
     "save_adapter",
     "set_adapters",
     "unfuse_adapters",

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
+from ..adapters.config import AdapterConfig
 from ..checkpoints.checkpoint import Checkpoint, Entry
 from ..errors import AdapterError, nearest
 from ..injection import state_of
@@ -20,6 +21,15 @@ _RECORDS = "_lycoris_diff_files"
 _UNSCALED = "_lycoris_diff_unscaled"
 #: children in which layers with adapters, PEFT's and ours, keep what they replace
 _INNER = ("base_layer", "original_module")
+
+
+@dataclass(init=False)
+class FileConfig(AdapterConfig):
+    """Stands for an adapter from a file, whose modules each have a config of their own."""
+
+    inference_mode: bool = True
+
+    peft_name: ClassVar[str] = "FILE"
 
 
 @dataclass

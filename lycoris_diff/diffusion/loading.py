@@ -5,31 +5,21 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 
-from ..adapters.config import AdapterConfig
 from ..errors import AdapterError, nearest
 from ..injection import attach, check_new_name, detach, state_of
 from .beside_peft import MODEL_METHODS, PIPELINE_METHODS, guard, unguard
-from .components import Loaded, adapter_names, chosen_models, forget, known_adapter, layers_of, models_of, remember
+from .components import FileConfig, Loaded, adapter_names, chosen_models, forget, known_adapter, layers_of, models_of, remember
 from .fusing import fused_adapters, remove_all, unfuse_adapters
+from .hotswap import refill
 from .offload import regroup, weights_at_hand
 from .planning import Part, Plan, checked_tensors, display, make_plan
 from .report import LoadReport, refusal
 from .sources import HUB_ARGUMENTS, find_source
 from .weights import Weight, resolve
-
-
-@dataclass(init=False)
-class FileConfig(AdapterConfig):
-    """Stands for an adapter from a file, whose modules each have a config of their own."""
-
-    inference_mode: bool = True
-
-    peft_name: ClassVar[str] = "FILE"
 
 
 def load_adapter(
@@ -41,6 +31,7 @@ def load_adapter(
     components: Iterable[str] | None = None,
     weight_name: str | None = None,
     dialect: str | None = None,
+    hotswap: bool = False,
     **hub: Any,
 ) -> LoadReport:
     """Put an adapter file onto a pipeline as an active adapter; those that are active stay active.
@@ -49,12 +40,14 @@ def load_adapter(
         pipe: a diffusers pipeline, in any precision and on any device, offloaded or not.
         source: a safetensors file of any community dialect, a PEFT directory or one with a PEFT directory for every component,
             a Hub repository (``"owner/name"``), or the tensors of such a file in a dict.
-        adapter_name: must be new.
+        adapter_name: must be new; with `hotswap` one that `prepare_hotswap` made.
         weight: multiplies the strength as trained; a number, or a dict by component, block or pattern (see `set_adapters`).
         strict: refuse a file with anything that does not fit, or does nothing; False loads what fits.
         components: only these (``["unet"]``); what the file holds for others is left out.
         weight_name: the file in a directory or repository with several.
         dialect: naming scheme, when the detected one is wrong.
+        hotswap: exchange a prepared adapter's contents, in place, instead of adding an adapter: compiled models are not
+            compiled again.
         **hub: ``subfolder``, ``revision``, ``token``, ``cache_dir``, ``local_files_only``, ``force_download``.
 
     Returns:
@@ -71,7 +64,8 @@ def load_adapter(
     models = models_of(pipe)
     wanted = None if components is None else list(chosen_models(pipe, components))
     for component, model in models.items():
-        check_new_name(model, adapter_name)
+        if not hotswap:
+            check_new_name(model, adapter_name)
         if adapter_name in (getattr(model, "peft_config", None) or ()):
             raise AdapterError(f"PEFT has an adapter {adapter_name!r} on the {component}; choose another name")
     held = checked_tensors(source) if isinstance(source, Mapping) else find_source(source, weight_name, **hub)
@@ -80,7 +74,10 @@ def load_adapter(
     if (strict and plan.report.problems) or not plan.parts:
         raise refusal(plan.report)
     strengths = resolve(adapter_name, weight, {c: list(part.entries) for c, part in plan.parts.items()})
-    _attach(pipe, adapter_name, plan, strengths, text)
+    if hotswap:
+        refill(pipe, adapter_name, plan, strengths, text)
+    else:
+        _attach(pipe, adapter_name, plan, strengths, text)
     plan.report.loaded = True
     return plan.report
 

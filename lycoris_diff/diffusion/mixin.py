@@ -15,6 +15,7 @@ from ..files import DIFFUSERS_NAME
 from .beside_peft import all_aside, has_peft
 from .components import adapter_names, layers_of, models_of
 from .fusing import fuse_adapters, fused_adapters, unfuse_adapters
+from .hotswap import HotswapReport, prepare_hotswap, prepared_adapters
 from .loading import active_adapters, delete_adapter, disable_adapters, enable_adapters, load_adapter, unload_adapters
 from .report import LoadReport
 from .saving import save_adapter
@@ -23,7 +24,7 @@ from .weights import Weight, set_adapters
 #: arguments of pipelines' calls that carry ``{"scale": …}``
 _SCALE_ARGUMENTS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
 #: arguments of diffusers' ``load_lora_weights`` that say how PEFT's layers are made
-_WITHOUT_MEANING = ("low_cpu_mem_usage", "use_safetensors", "hotswap", "return_lora_metadata", "metadata", "network_alphas")
+_WITHOUT_MEANING = ("low_cpu_mem_usage", "use_safetensors", "return_lora_metadata", "metadata", "network_alphas")
 
 
 class LycorisLoaderMixin:
@@ -54,14 +55,25 @@ class LycorisLoaderMixin:
     ) -> LoadReport:
         """`load_adapter` under diffusers' name; without a name adapters are called ``default_0``, ``default_1`` ...
 
+        ``hotswap=True`` exchanges the contents of an adapter that `enable_lora_hotswap` or `prepare_hotswap` made.
+
         Raises:
-            AdapterError: as `load_adapter`; also for ``hotswap=True``.
+            AdapterError: as `load_adapter`.
         """
-        if kwargs.get("hotswap"):
-            raise AdapterError("hotswap is not supported; delete_adapters() first, loading costs the same every time")
         given = {k: v for k, v in kwargs.items() if k not in _WITHOUT_MEANING and v is not None}
-        name = adapter_name or self._free_name()
+        prepared = prepared_adapters(self) if given.get("hotswap") else []
+        name = adapter_name or (prepared[0] if prepared else self._free_name())
         return load_adapter(self, pretrained_model_name_or_path_or_dict, name, **given)
+
+    def enable_lora_hotswap(self, target_rank: int = 128, check_compiled: str = "error", **kwargs: Any) -> HotswapReport:
+        """`prepare_hotswap` for LoRA under diffusers' name: the adapter is called "hotswap", its rank at most `target_rank`.
+
+        Args:
+            target_rank: highest rank of the files to come.
+            check_compiled: without meaning: room may be made for compiled models too, which compile once more.
+            **kwargs: of `prepare_hotswap`.
+        """
+        return prepare_hotswap(self, {"lora": target_rank}, **kwargs)
 
     def save_lora_weights(
         self,

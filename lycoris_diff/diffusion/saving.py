@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import MISSING, fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 
 from ..adapters.base import Adapter
 from ..adapters.combined import Combined
-from ..adapters.config import AdapterConfig
+from ..adapters.slot import options_of
 from ..checkpoints.checkpoint import Checkpoint, Entry
 from ..checkpoints.rewrite import with_strength_one
 from ..checkpoints.write import WriteReport, write_checkpoint
@@ -22,10 +22,6 @@ from ..naming import BASES, index_model, known_base
 from ..naming.bases import ALIASES
 from .components import known_adapter, layers_of, models_of, records
 from .planning import base_model_of
-
-#: fields that every config has, or that only matter in training
-_COMMON = {f.name for f in fields(AdapterConfig)}
-_TRAINING = {"alpha", "rank_dropout", "rank_dropout_scale", "module_dropout", "lora_dropout", "miss_dropout", "bias"}
 
 
 def save_adapter(
@@ -122,13 +118,7 @@ def _entries(adapter: Adapter, path: str) -> list[Entry]:
 
 def _entry(adapter: Adapter) -> Entry:
     config = adapter.config
-    defaults = {f.name: f.default for f in fields(config) if f.default is not MISSING}
-    own = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in _COMMON | _TRAINING}
-    options = {k: v for k, v in own.items() if k in defaults and v != defaults[k]}
-    if config.init_weights in ("bat", "mini"):
-        options["init_weights"] = config.init_weights
     tensors = {k: v.detach().cpu() for k, v in adapter.exact_factors().items()}
     alpha = getattr(config, "alpha", None)
-    return Entry(
-        config.peft_name, tensors, adapter.scaling, config.r, alpha, "config" if alpha is not None else "none", options
-    )
+    source = "config" if alpha is not None else "none"
+    return Entry(config.peft_name, tensors, float(adapter.scaling), config.r, alpha, source, options_of(config))

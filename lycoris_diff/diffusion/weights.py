@@ -12,7 +12,6 @@ from typing import Any
 from torch import nn
 
 from ..adapters.base import LARGEST_STRENGTH
-from ..adapters.combined import Combined
 from ..errors import AdapterError, nearest
 from ..injection import set_active, state_of
 from ..layers.layer import AdaptedLayer
@@ -156,11 +155,11 @@ def explain(pipe: Any) -> Explanation:
 
 def _strength(layer: AdaptedLayer, name: str) -> Strength:
     adapter = layer.adapter(name)
-    state = "active" if name in layer.active else "off"
+    state = "active" if name in layer.active and not (adapter.pinned and adapter.idle) else "off"
     state = "fused" if name in layer.merged else "disabled" if not layer.enabled else state
-    parts = [p for _, p in adapter._parts()] if isinstance(adapter, Combined) else [adapter]
+    parts = adapter.in_use()
     algorithm = "+".join(p.config.peft_name for p in parts)
-    return Strength(name, algorithm, adapter.get_strength(), parts[0].scaling if len(parts) == 1 else 1.0, state)
+    return Strength(name, algorithm, adapter.get_strength(), float(parts[0].scaling) if len(parts) == 1 else 1.0, state)
 
 
 def _paths(layers: Mapping[str, AdaptedLayer], name: str) -> list[str]:

@@ -177,7 +177,7 @@ class AdaptedLayer(nn.Module):
         """Those that are run. A zero strength is not unless it trains: exactly the base, whatever the factors hold."""
         if torch.compiler.is_compiling():
             return names
-        return tuple([n for n in names if self.adapter(n).get_strength() != 0.0 or self._trains(n)])
+        return tuple([n for n in names if not self.adapter(n).idle or self._trains(n)])
 
     def _trains(self, name: str) -> bool:
         return torch.is_grad_enabled() and any(p.requires_grad for p in self.adapter(name).parameters())
@@ -372,7 +372,7 @@ class AdaptedLayer(nn.Module):
         """Adapters whose strength is not zero with their stored factors, in the dtype for merging."""
         found = []
         for adapter, f in (m for n in names if n in self.adapters for m in self.adapter(n).members(exact=True)):
-            if adapter.get_strength() != 0.0:
+            if not adapter.idle:
                 work = torch.promote_types(torch.promote_types(base.dtype, torch.float32), adapter.strength.dtype)
                 found.append((adapter, {k: v.to(base.device) for k, v in cast(f, work).items()}))
         return found
