@@ -18,24 +18,21 @@ import json
 import logging
 import math
 import os
-import platform
-import re
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import version
-from itertools import chain, compress
+from itertools import compress
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import lycoris
 import peft
 import torch
+from benchmarking import ALGORITHMS, MIB, Algorithm, fill_factors, machine, order, saved_bytes, write_section
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -43,7 +40,6 @@ from torch import Tensor, nn
 
 import lycoris_diff
 
-MIB = 2**20
 TURN = 0.06  # seconds of base layer steps that a contender runs in a row: a model calls the same code for many layers too
 BEGIN, END = "<!-- benchmark_layers: begin -->", "<!-- benchmark_layers: end -->"
 
@@ -87,34 +83,6 @@ CASES = [
 ]
 
 
-@dataclass(frozen=True)
-class Algorithm:
-    """One algorithm at one size: config class and fields, by the names that PEFT and we share, and what differs."""
-
-    config: str
-    fields: Mapping[str, Any]
-    ours: Mapping[str, Any] = field(default_factory=dict)
-    peft: Mapping[str, Any] = field(default_factory=dict)
-    lycoris: Mapping[str, Any] = field(default_factory=dict)
-    conv: bool = False
-    tucker: bool = False
-
-    def config_of(self, package: Any, case: Case, more: Mapping[str, Any]) -> Any:
-        core = {"use_effective_conv2d": True} if self.tucker and case.kind == "conv" else {}
-        return getattr(package, self.config)(target_modules=["layer"], **{**self.fields, **core, **more})
-
-
-FULL = {"ours": {"full_matrix": True}, "peft": {"r": 100_000}, "lycoris": {"factor": 8, "full_matrix": True}}
-ALGORITHMS = {
-    "lora": Algorithm("LoraConfig", {"r": 8}, conv=True),
-    "lokr": Algorithm("LoKrConfig", {"r": 8}, conv=True, tucker=True),
-    "lokr-f8-full": Algorithm("LoKrConfig", {"r": 8, "decompose_factor": 8}, **FULL),
-    "loha": Algorithm("LoHaConfig", {"r": 8}, conv=True, tucker=True),
-    "loha-r4": Algorithm("LoHaConfig", {"r": 4}),
-    "miss": Algorithm("MissConfig", {"r": 8}),
-    "shira": Algorithm("ShiraConfig", {"r": 8, "random_seed": 0}),
-    "dora": Algorithm("LoraConfig", {"r": 8, "use_dora": True}, lycoris={"weight_decompose": True}, conv=True),
-}
 LYCORIS = {"LoraConfig": "LoConModule", "LoKrConfig": "LokrModule", "LoHaConfig": "LohaModule"}
 
 # --------------------------------------------------------------------------------------------------------- contenders
@@ -126,12 +94,8 @@ class Contender:
     def __init__(self, layer: nn.Module, adapter: nn.Module | None = None):
         self.layer = layer
         self.owners = nn.ModuleList([layer, *filter(None, [adapter])])
-        self.trainable = [p for p in self.owners.parameters() if p.requires_grad]
+        self.trainable = fill_factors(self.owners)
         self.parameters = sum(p.numel() for p in self.trainable)
-        with torch.no_grad():  # every factor non-zero; DoRA's magnitudes stay the norms they start from
-            for name, p in self.owners.named_parameters():
-                if p.requires_grad and not re.search("magnitude|dora_scale", name):
-                    p.normal_(std=0.02)
 
     def times(self, x: Tensor, gradient: Tensor, steps: int = 1) -> tuple[float, float]:
         """Mean seconds of a training step and of a forward without gradients; clearing them is not measured."""
@@ -149,27 +113,6 @@ class Contender:
                 forward += time.perf_counter() - start
         return step / steps, forward / steps
 
-    def saved_bytes(self, x: Tensor) -> int:
-        """Bytes of the distinct storages that a forward keeps for backward, parameters and buffers left out."""
-        tensors = chain(self.owners.parameters(), self.owners.buffers())
-        owned = {address for tensor in tensors for address, _ in _storages(tensor)}
-        saved: dict[int, int] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            saved.update(_storages(tensor))
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            output = self.layer(x)
-        del output  # alive until here, so that no address is given out twice
-        return sum(size for address, size in saved.items() if address not in owned)
-
-
-def _storages(tensor: Tensor) -> Iterator[tuple[int, int]]:
-    """Address and bytes of the storage of a tensor, or of both storages of a sparse one."""
-    for part in (tensor._values(), tensor._indices()) if tensor.is_sparse else (tensor,):
-        yield part.untyped_storage().data_ptr(), part.untyped_storage().nbytes()
-
 
 def _base(layer: nn.Module, case: Case, algorithm: Algorithm) -> Contender:
     return Contender(layer)
@@ -177,13 +120,13 @@ def _base(layer: nn.Module, case: Case, algorithm: Algorithm) -> Contender:
 
 def _ours(layer: nn.Module, case: Case, algorithm: Algorithm) -> Contender:
     holder = nn.ModuleDict({"layer": layer})
-    lycoris_diff.inject_adapter(holder, algorithm.config_of(lycoris_diff, case, algorithm.ours))
+    lycoris_diff.inject_adapter(holder, algorithm.config_of(lycoris_diff, ["layer"], case.kind == "conv", algorithm.ours))
     return Contender(holder["layer"])
 
 
 def _peft(layer: nn.Module, case: Case, algorithm: Algorithm) -> Contender:
     holder = nn.ModuleDict({"layer": layer})
-    peft.inject_adapter_in_model(algorithm.config_of(peft, case, algorithm.peft), holder)
+    peft.inject_adapter_in_model(algorithm.config_of(peft, ["layer"], case.kind == "conv", algorithm.peft), holder)
     return Contender(holder["layer"])
 
 
@@ -269,10 +212,10 @@ def measure(case: Case, name: str, rounds: int, warmup: int) -> Row:
     times: dict[str, list[tuple[float, float]]] = {c: [] for c in contenders}
     steps = max(1, round(TURN / min(contenders["base"].times(x, gradient)[0] for _ in range(5))))
     for index in range(warmup + rounds):
-        for c in _order(list(contenders), index):
+        for c in order(list(contenders), index):
             times[c].append(contenders[c].times(x, gradient, steps))
     trained, forwards = ({c: [pair[i] for pair in pairs[warmup:]] for c, pairs in times.items()} for i in range(2))
-    saved = {c: contender.saved_bytes(x) for c, contender in contenders.items()}
+    saved = {name: saved_bytes(c.owners, partial(c.layer, x)) for name, c in contenders.items()}
     others = [c for c in ADAPTED if c in contenders]
     return Row(
         case,
@@ -285,13 +228,6 @@ def measure(case: Case, name: str, rounds: int, warmup: int) -> Row:
         {c: saved[c] - saved["base"] for c in others},
         Spread.ratio(trained["ours"], trained["PEFT"]),
     )
-
-
-def _order(names: list[str], index: int) -> list[str]:
-    """Rotated by one more in each round and reversed in every other, so that nobody always follows the same one."""
-    turn = index % len(names)
-    rotated = names[turn:] + names[:turn]
-    return rotated[:: -1 if index % 2 else 1]
 
 
 # ------------------------------------------------------------------------------------------------------------ targets
@@ -354,17 +290,6 @@ def _yes(met: bool) -> str:
     return "yes" if met else "**no**"
 
 
-def machine() -> dict[str, str]:
-    """What the numbers depend on."""
-    info = Path("/proc/cpuinfo")
-    cpu = re.search(r"model name\s*:\s*(.+)", info.read_text() if info.exists() else "")
-    return {
-        "CPU": cpu[1] if cpu else platform.processor() or platform.machine(),
-        "cores": f"{os.cpu_count()}, {torch.get_num_threads()} threads used",
-        "versions": f"torch {torch.__version__}, PEFT {version('peft')}, LyCORIS {version('lycoris-lora')}",
-    }
-
-
 def markdown(rows: list[Row], rounds: int) -> str:
     """The section of the document: machine, how to read the table, the table."""
     table = [HEADERS, ["---"] * len(HEADERS), *map(cells, rows)]
@@ -380,16 +305,6 @@ def markdown(rows: list[Row], rounds: int) -> str:
         *("| " + " | ".join(line) + " |" for line in table),
     ]
     return "\n".join(lines)
-
-
-def write_section(path: Path, text: str) -> None:
-    """Put the text between the markers of the document, which is created or extended where they are missing."""
-    document = path.read_text(encoding="utf-8") if path.exists() else "# Benchmarks\n"
-    if BEGIN not in document:
-        document = f"{document.rstrip()}\n\n## Single layers\n\n{BEGIN}\n{END}\n"
-    head, _, rest = document.partition(BEGIN)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{head}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------------------ command
@@ -433,7 +348,7 @@ def main(arguments: list[str] | None = None) -> None:
         report = {"machine": machine(), "rounds": options.rounds, "rows": [asdict(row) for row in rows]}
         options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if options.markdown:
-        write_section(options.markdown, markdown(rows, options.rounds))
+        write_section(options.markdown, (BEGIN, END), "## Single layers", markdown(rows, options.rounds))
 
 
 if __name__ == "__main__":

@@ -10,46 +10,65 @@ import pytest
 from PIL import Image
 
 from lycoris_diff.cli.demo import ADAPTERS
-from lycoris_diff.cli.main import main
+from lycoris_diff.cli.main import build_parser, main
 from lycoris_diff.errors import AdapterError
 from lycoris_diff.tiny import demo
+from lycoris_diff.tiny.measure import Rate
 from lycoris_diff.tiny.recipes import RECIPES
 from lycoris_diff.training import TrainReport
 
 
-def fake_report(folder, after):
-    training = TrainReport([1.0], 1.0, after, 0.1, {"unet": 10}, {"unet": 2048}, {"unet": folder / "unet"}, 5)
-    return demo.DemoReport("lokr", "LoKr", "a prompt", training, {"loss": folder / "loss.png"})
+def fake_report(folder, after=0.7, others=14):
+    training = TrainReport([1.0], 1.0, 0.75, 0.1, {"unet": 12345}, {"unet": 2048}, {"unet": folder / "unet"}, 5)
+    outcome = demo.Outcome(0.01, after, 0.98, 0.87, Rate(14, 16), Rate(others, 16), 6.5, 0.02)
+    return demo.DemoReport("lokr", "LoKr", "a prompt", training, outcome, {"loss": folder / "loss.png"})
 
 
 class TestDemo:
     def test_json(self, tmp_path, capsys, monkeypatch):
-        monkeypatch.setattr(demo, "SAMPLING_STEPS", 2)
-        code = main(["demo", "--adapter", "lora", "--steps", "6", "--out", str(tmp_path), "--json"])
+        for name, value in (("SAMPLING_STEPS", 1), ("CLASS_PICTURES", 3), ("OTHERS", 2)):
+            monkeypatch.setattr(demo, name, value)
+        code = main(["demo", "--adapter", "lora", "--steps", "2", "--out", str(tmp_path), "--json"])
         report = json.loads(capsys.readouterr().out)
-        assert code == 0
+        assert code == 1 and report["succeeded"] is False  # two steps teach nothing
         assert report["adapter"] == "lora"
-        assert len(report["training"]["losses"]) == 6
-        assert report["training"]["held_out_after"] < report["training"]["held_out_before"]
-        assert sorted(path.name for path in (tmp_path / "subject").iterdir())[-1] == "subject-5.png"
+        assert len(report["training"]["losses"]) == 2
+        assert (report["training"]["images"], report["training"]["class_images"]) == (5, 3)
+        assert report["outcome"]["subject_drawn"] > 0.9 and report["outcome"]["others"] == 2
+        assert (tmp_path / "subject" / "subject-5.txt").read_text() == "a sks creature on a black background\n"
+        assert (tmp_path / "class" / "class-03.txt").read_text().startswith("a")
         assert (tmp_path / "adapter" / "text_encoder" / "adapter_model.safetensors").is_file()
         for name in ("pictures", "loss"):
             assert Image.open(report["files"][name]).width > 500
 
     def test_table(self, tmp_path, capsys, monkeypatch):
         monkeypatch.setenv("COLUMNS", "200")
-        monkeypatch.setattr(demo, "run_demo", lambda *args, **kwargs: fake_report(tmp_path, after=0.75))
+        monkeypatch.setattr(demo, "run_demo", lambda *args, **kwargs: fake_report(tmp_path))
         assert main(["demo", "--out", str(tmp_path)]) == 0
         out = capsys.readouterr().out
-        for text in ("LoKr", "unet", "2 KiB", "1.0000", "0.7500", "-25%", "0.100 s", str(tmp_path / "loss.png")):
+        for text in ("LoKr", "unet", "12,345", "1.0000", "0.7500", "-25%", "0.10 s", str(tmp_path / "loss.png")):
+            assert text in out
+        for text in ("a prompt", "0.98", "0.87", "0.01", "0.70", "14 of 16", "6.5", "learned", "kept"):
             assert text in out
 
-    def test_loss_that_did_not_fall(self, tmp_path, capsys, monkeypatch):
-        monkeypatch.setattr(demo, "run_demo", lambda *args, **kwargs: fake_report(tmp_path, after=1.0))
+    @pytest.mark.parametrize(
+        ("numbers", "complaint"),
+        [({"after": 0.3}, "was not learned"), ({"others": 9}, "lost too much")],
+        ids=["not learned", "not kept"],
+    )
+    def test_what_was_measured_decides(self, numbers, complaint, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr(demo, "run_demo", lambda *args, **kwargs: fake_report(tmp_path, **numbers))
         assert main(["demo", "--json"]) == 1
         output = capsys.readouterr()
-        assert "did not fall" in output.err
-        assert json.loads(output.out)["training"]["improved"] is False
+        assert complaint in output.err
+        report = json.loads(output.out)
+        assert report["succeeded"] is False
+        assert report["outcome"]["learned"] is ("after" not in numbers)
+        assert report["outcome"]["kept"] is ("others" not in numbers)
+
+    def test_defaults_are_the_same(self):
+        args = build_parser().parse_args(["demo"])
+        assert args.steps == demo.TRAIN_STEPS
 
     def test_adapters_are_those_with_a_recipe(self):
         assert set(ADAPTERS) == set(RECIPES)

@@ -55,6 +55,10 @@ def test_examples_of_loading_run(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "style-peft" / "adapter_config.json").is_file()
 
 
+def test_examples_of_the_embedded_model_run():
+    assert run_examples(ROOT / "docs" / "tiny.md") >= 1
+
+
 def test_examples_of_training_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run_examples(ROOT / "docs" / "training.md") >= 7

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from PIL import Image
+from PIL import Image, ImageColor
+from safetensors.torch import load_file
 
-from lycoris_diff.tiny import build_pipeline, draw_subject, draw_subject_images, load_pipeline, save_pipeline
-from lycoris_diff.tiny.charts import loss_chart, picture_rows, smooth, ticks
+from lycoris_diff.tiny import build_pipeline, draw_subject, draw_subject_images, load_pipeline, pipeline, save_pipeline
+from lycoris_diff.tiny.charts import BEFORE, loss_chart, picture_rows, picture_sheet, smooth, ticks
+from lycoris_diff.tiny.figures import SHAPES
+from lycoris_diff.tiny.measure import held_out_pairs, measure_scenes, read_picture
+from lycoris_diff.tiny.pixels import distances, to_lab
+from lycoris_diff.tiny.scenes import COLOURS, CREATURE, Scene, caption, draw_scene, random_scene
+from lycoris_diff.tiny.subject import SUBJECT, SUBJECT_BACKGROUNDS
 from lycoris_diff.tiny.tokenizer import WORDS, build_tokenizer, byte_alphabet, learn_merges
 
 
@@ -87,7 +95,55 @@ class TestPipeline:
         before = picture(pipe)
         assert before.shape == (64, 64, 3) and before.std() > 0
         assert np.array_equal(before, picture(loaded))
-        assert np.array_equal(before, picture(load_pipeline()))
+
+
+class TestTrainedBase:
+    def test_weights(self):
+        tensors = load_file(pipeline.WEIGHTS)
+        assert pipeline.WEIGHTS.stat().st_size < 16e6
+        assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+        pipe = load_pipeline()
+        for component in pipeline.COMPONENTS:
+            for name, value in getattr(pipe, component).state_dict().items():
+                assert torch.equal(value, tensors[f"{component}.{name}"].to(value.dtype))
+
+    def test_saved_weights_are_loaded_again(self, pipe, tmp_path):
+        pipeline.save_weights(pipe, tmp_path / "weights.safetensors")
+        again = build_pipeline(1)
+        pipeline.load_weights(again, tmp_path / "weights.safetensors")
+        assert torch.equal(again.unet.conv_in.weight, pipe.unet.conv_in.weight.half().float())
+
+    def test_it_draws_what_is_asked(self):
+        """The bars over 200 pictures are measured by scripts/measure_tiny_base.py; this is whether it draws at all."""
+        scores = measure_scenes(load_pipeline(), held_out_pairs(16), batch_size=16)
+        assert min(scores.rate(part).right for part in ("background", "colour", "shape")) >= 11
+
+
+class TestScenes:
+    def test_captions(self):
+        assert Scene("circle", "red", "blue", "big", "left").caption() == "a big red circle on the left on a blue background"
+        assert Scene("star", "orange", "white").caption() == "an orange star on a white background"
+        assert caption("sks creature") == "a sks creature"
+
+    def test_words_are_tokens(self):
+        rng = random.Random(0)
+        captions = " ".join(random_scene(rng, held_out=index % 2 == 0).caption() for index in range(300))
+        assert set(captions.split()) <= set(WORDS)
+
+    def test_held_out(self):
+        rng = random.Random(0)
+        for held_out in (False, True):
+            scenes = [random_scene(rng, held_out=held_out) for _ in range(200)]
+            assert all(scene.held_out is held_out and scene.colour != scene.background for scene in scenes)
+            assert {scene.shape for scene in scenes} == set(SHAPES) | (set() if held_out else {CREATURE})
+
+    def test_chance_decides(self):
+        scene = Scene(CREATURE, "pink", "black", "big")
+        first, again, other = (np.array(draw_scene(scene, random.Random(seed))) for seed in (1, 1, 2))
+        assert np.array_equal(first, again) and not np.array_equal(first, other)
+
+    def test_no_creature_of_the_training_looks_like_the_subject(self):
+        assert all(distance > 30 for distance in distances(to_lab(SUBJECT.body), to_lab(list(COLOURS.values()))))
 
 
 class TestSubject:
@@ -104,6 +160,14 @@ class TestSubject:
         assert all(picture.shape == (32, 32, 3) for picture in pictures)
         assert len({picture.tobytes() for picture in pictures}) == 5
         assert np.array_equal(pictures[2], np.array(draw_subject(size=32, seed=2)))
+        assert not list(tmp_path.glob("**/*.txt"))
+
+    def test_captions(self, tmp_path):
+        paths = draw_subject_images(tmp_path, count=6, name="sks creature")
+        captions = [path.with_suffix(".txt").read_text().strip() for path in paths]
+        assert captions[0] == "a sks creature on a blue background"
+        assert captions == [f"a sks creature on a {background} background" for background in SUBJECT_BACKGROUNDS]
+        assert [read_picture(Image.open(path)).background for path in paths] == list(SUBJECT_BACKGROUNDS)
 
 
 class TestCharts:
@@ -125,6 +189,21 @@ class TestCharts:
 
     def test_picture_rows(self):
         red, blue = Image.new("RGB", (4, 4), "red"), Image.new("RGB", (4, 4), "blue")
-        grid = picture_rows([("two", [red, blue]), ("one", [blue])], "title", cell=20)
+        grid = picture_rows([("two", [red, blue], ["a", "b"]), ("one", [blue], [])], "title", cell=20)
         counts = {colour: count for count, colour in grid.getcolors(maxcolors=10**6)}
         assert (counts[(255, 0, 0)], counts[(0, 0, 255)]) == (400, 800)
+
+    def test_captions_need_room(self):
+        one = Image.new("RGB", (4, 4), "red")
+        without, short, long = (
+            picture_rows([("row", [one], captions)], "title").height for captions in ([], ["a"], ["a few words " * 6])
+        )
+        assert without < short < long
+
+    def test_picture_sheet_marks_what_is_wrong(self):
+        red = Image.new("RGB", (4, 4), "red")
+        sheets = [picture_sheet([(red, "a", True), (red, "b", right)], "title", columns=1, cell=20) for right in (True, False)]
+        assert sheets[0].size == sheets[1].size
+        colours = [{colour for _, colour in sheet.getcolors(maxcolors=10**6)} for sheet in sheets]
+        frame = ImageColor.getrgb(BEFORE)
+        assert [frame in some for some in colours] == [False, True]

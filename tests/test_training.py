@@ -212,6 +212,19 @@ class TestPrecision:
             torch.testing.assert_close(trained(thrifty)[name], value, rtol=1e-3, atol=1e-5)
         assert not thrifty.unet.is_gradient_checkpointing
 
+    @pytest.mark.slow
+    def test_compiled_run_learns_the_same(self, pictures, tmp_path):
+        """Fused kernels add up in another order: equal to float32 rounding of a few steps, not to the bit."""
+        eager, compiled = small_pipe(), small_pipe()
+        for name, part, on in (("eager", eager, False), ("compiled", compiled, True)):
+            train_dreambooth(part, short_run(pictures, tmp_path / name, "lokr", compile=on, learning_rate=1e-3))
+        torch.testing.assert_close(outputs(compiled), outputs(eager), rtol=1e-3, atol=1e-4)
+        assert not torch.equal(outputs(eager), outputs(small_pipe()))
+        fresh = small_pipe()
+        load_trained(fresh, tmp_path / "compiled")
+        torch.testing.assert_close(outputs(fresh), outputs(compiled), rtol=1e-5, atol=1e-5)
+        assert isinstance(fresh.unet, UNet2DConditionModel)
+
     def test_v_prediction(self, pipe, pictures, tmp_path):
         epsilon = train_dreambooth(pipe, short_run(pictures, tmp_path / "1"))
         velocity = small_pipe()

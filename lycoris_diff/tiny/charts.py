@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
+CAPTION_LINE, CAPTION_LINES = 14, 3
+CAPTION_HEIGHT = CAPTION_LINE * CAPTION_LINES + 6
 SCALE = 2  # everything is drawn twice as large and reduced, which smooths the edges
 INK, MUTED, RULE, PAPER = "#20242c", "#6b7280", "#e3e6eb", "#ffffff"
 FAINT, LINE, BEFORE, AFTER = "#a9c4ea", "#1f5fbf", "#c2541b", "#1c8a4d"
@@ -92,25 +94,97 @@ def loss_chart(
     return canvas.resize(size, Image.Resampling.LANCZOS)
 
 
-def picture_rows(rows: Sequence[tuple[str, Sequence[Image.Image]]], title: str, cell: int = 160) -> Image.Image:
-    """Lay out labelled rows of pictures under a title; each picture is shown `cell` pixels wide and high."""
-    gap, label_height, head = 10, 30, 60
-    columns = max(len(pictures) for _, pictures in rows)
-    width = 4 * gap + columns * (cell + gap) - gap
-    height = head + len(rows) * (label_height + cell + gap) + gap
-    canvas = Image.new("RGB", (width, height), PAPER)
-    text = Image.new("RGB", (width * SCALE, height * SCALE), PAPER)
-    pen = ImageDraw.Draw(text)
-    pen.text((2 * gap * SCALE, 18 * SCALE), title, fill=INK, font=_font(22))
-    tops = [head + index * (label_height + cell + gap) for index in range(len(rows))]
-    for top, (label, _) in zip(tops, rows, strict=True):
-        pen.text((2 * gap * SCALE, (top + 6) * SCALE), label, fill=MUTED, font=_font(14))
-    canvas.paste(text.resize(canvas.size, Image.Resampling.LANCZOS))
-    for top, (_, pictures) in zip(tops, rows, strict=True):
+def picture_rows(rows: Sequence[tuple[str, Sequence[Image.Image], Sequence[str]]], title: str, cell: int = 144) -> Image.Image:
+    """Lay out rows of pictures under a title.
+
+    Args:
+        rows: of each a label, the pictures, and a caption under every picture; without captions they need no room.
+        title: heading.
+        cell: width and height at which pictures are shown, in pixels.
+    """
+    gap, head, label_height = 10, 60, 30
+    columns = max(len(pictures) for _, pictures, _ in rows)
+    lines = [max((len(_wrapped(caption, cell)) for caption in captions), default=0) for _, _, captions in rows]
+    heights = [label_height + cell + gap + (6 + CAPTION_LINE * count if count else 0) for count in lines]
+    canvas = _Canvas(4 * gap + columns * (cell + gap) - gap, head + sum(heights) + gap)
+    canvas.text(2 * gap, 18, title, 22, INK)
+    top = head
+    for (label, pictures, captions), height in zip(rows, heights, strict=True):
+        canvas.text(2 * gap, top + 6, label, 14, INK)
         for column, picture in enumerate(pictures):
-            shown = picture.convert("RGB").resize((cell, cell), Image.Resampling.NEAREST)
-            canvas.paste(shown, (2 * gap + column * (cell + gap), top + label_height))
-    return canvas
+            x = 2 * gap + column * (cell + gap)
+            canvas.picture(x, top + label_height, picture, cell)
+            if captions:
+                canvas.caption(x, top + label_height + cell, captions[column], cell)
+        top += height
+    return canvas.image()
+
+
+def picture_sheet(
+    cells: Sequence[tuple[Image.Image, str, bool]], title: str, columns: int = 10, cell: int = 128
+) -> Image.Image:
+    """Lay out pictures in a grid, each over its caption; what is wrong gets a frame and a caption in another colour.
+
+    Args:
+        cells: picture, caption and whether the picture is right.
+        title: heading.
+        columns: pictures in a row.
+        cell: width and height at which pictures are shown, in pixels.
+    """
+    gap, head = 10, 52
+    rows = -(-len(cells) // columns)
+    canvas = _Canvas(3 * gap + columns * (cell + gap), head + rows * (cell + CAPTION_HEIGHT + gap) + gap)
+    canvas.text(2 * gap, 14, title, 18, INK)
+    for index, (picture, caption, right) in enumerate(cells):
+        x = 2 * gap + index % columns * (cell + gap)
+        y = head + index // columns * (cell + CAPTION_HEIGHT + gap)
+        if not right:
+            canvas.box(x - 4, y - 4, x + cell + 3, y + cell + 3, BEFORE)
+        canvas.picture(x, y, picture, cell)
+        canvas.caption(x, y + cell, caption, cell, MUTED if right else BEFORE)
+    return canvas.image()
+
+
+class _Canvas:
+    """Smooth text beside pictures whose pixels stay as they are."""
+
+    def __init__(self, width: int, height: int) -> None:
+        self.size = (width, height)
+        self.drawn = Image.new("RGB", (width * SCALE, height * SCALE), PAPER)
+        self.pen = ImageDraw.Draw(self.drawn)
+        self.pictures: list[tuple[int, int, Image.Image]] = []
+
+    def text(self, x: float, y: float, text: str, size: int, colour: str) -> None:
+        self.pen.text((x * SCALE, y * SCALE), text, fill=colour, font=_font(size))
+
+    def caption(self, x: float, y: float, text: str, width: int, colour: str = MUTED) -> None:
+        for row, line in enumerate(_wrapped(text, width)):
+            self.text(x, y + 4 + CAPTION_LINE * row, line, 11, colour)
+
+    def box(self, left: int, top: int, right: int, bottom: int, colour: str) -> None:
+        self.pen.rectangle([left * SCALE, top * SCALE, right * SCALE, bottom * SCALE], fill=colour)
+
+    def picture(self, x: int, y: int, picture: Image.Image, edge: int) -> None:
+        self.pictures.append((x, y, picture.convert("RGB").resize((edge, edge), Image.Resampling.NEAREST)))
+
+    def image(self) -> Image.Image:
+        canvas = self.drawn.resize(self.size, Image.Resampling.LANCZOS)
+        for x, y, picture in self.pictures:
+            canvas.paste(picture, (x, y))
+        return canvas
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    """Break a caption at spaces into at most `CAPTION_LINES` lines."""
+    font = _font(11)
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width * SCALE:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines[:CAPTION_LINES]
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

@@ -8,18 +8,22 @@ name works on the real one.
 from __future__ import annotations
 
 from os import PathLike
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from ..files import replacing
 from .tokenizer import build_tokenizer
 
 COMPONENTS = ("vae", "text_encoder", "unet")
+WEIGHTS = Path(__file__).with_name("weights") / "tiny_base.safetensors"
+
 PICTURE_SIZE = 64
 LATENT_CHANNELS = 4
-TEXT_WIDTH = 64
-SCALING_FACTOR = 4.0  # brings the latents of the drawn pictures to a standard deviation of about 1
+TEXT_WIDTH = 128
 
 
 def build_pipeline(seed: int = 0) -> StableDiffusionPipeline:
@@ -47,8 +51,28 @@ def build_pipeline(seed: int = 0) -> StableDiffusionPipeline:
 
 
 def load_pipeline() -> StableDiffusionPipeline:
-    """Return the tiny base model that the demo, the tests and the examples start from."""
-    return build_pipeline()
+    """Return the trained tiny base model in float32: it draws a shape or a creature of a colour on a plain background.
+
+    `docs/tiny.md` says what it can draw, and how well.
+    """
+    pipe = build_pipeline()
+    load_weights(pipe, WEIGHTS)
+    pipe.register_to_config(_name_or_path="tiny")
+    return pipe
+
+
+def load_weights(pipe: StableDiffusionPipeline, path: str | PathLike[str]) -> None:
+    """Put what `save_weights` wrote into a pipeline of the same architecture.
+
+    Raises:
+        OSError: `path` cannot be opened.
+        RuntimeError: names or shapes differ from the pipeline's.
+    """
+    tensors = load_file(path)
+    for component in COMPONENTS:
+        prefix = component + "."
+        own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        getattr(pipe, component).load_state_dict(own)
 
 
 def save_pipeline(directory: str | PathLike[str], seed: int = 0) -> None:
@@ -64,7 +88,7 @@ def _text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=TEXT_WIDTH,
-        intermediate_size=4 * TEXT_WIDTH,
+        intermediate_size=2 * TEXT_WIDTH,
         projection_dim=TEXT_WIDTH,
         num_hidden_layers=3,
         num_attention_heads=4,
@@ -87,7 +111,7 @@ def _vae() -> AutoencoderKL:
         latent_channels=LATENT_CHANNELS,
         norm_num_groups=8,
         sample_size=PICTURE_SIZE,
-        scaling_factor=SCALING_FACTOR,
+        scaling_factor=1.0,  # training leaves latents of standard deviation 1 a channel
     )
     with torch.no_grad():  # a trained autoencoder is sure of its latents; a random one must be told to be
         vae.quant_conv.weight[LATENT_CHANNELS:] = 0
@@ -121,3 +145,14 @@ def _scheduler() -> DDIMScheduler:
         steps_offset=1,
         prediction_type="epsilon",
     )
+
+
+def save_weights(pipe: StableDiffusionPipeline, path: str | PathLike[str]) -> None:
+    """Write the pipeline's weights to one safetensors file in float16, each named `component.parameter`."""
+    tensors = {
+        f"{component}.{name}": tensor.detach().to("cpu", torch.float16).contiguous()
+        for component in COMPONENTS
+        for name, tensor in getattr(pipe, component).state_dict().items()
+    }
+    with replacing(Path(path)) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..adapters import LoHaConfig, LoKrConfig, LoraConfig, MissConfig, ShiraConfig
+from ..adapters import AdapterConfig, LoHaConfig, LoKrConfig, LoraConfig, MissConfig, ShiraConfig
 from ..errors import ConfigError
 
 UNET_LINEAR = ["proj_in", "proj_out", "to_k", "to_q", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
@@ -20,48 +19,34 @@ class Recipe:
 
     Attributes:
         title: the algorithm's name as people write it.
-        make: gives a fresh config for a list of target modules.
-        convs: whether the UNet's residual convolutions are adapted as well.
+        config: its config class.
+        fields: of the config, beside `target_modules`.
         learning_rate: of AdamW, for both components.
+        convs: whether the UNet's residual convolutions are adapted as well.
     """
 
     title: str
-    make: Callable[[list[str]], Any]
-    convs: bool
+    config: type[AdapterConfig]
+    fields: dict[str, Any]
     learning_rate: float
+    convs: bool = False
 
-    def configs(self) -> dict[str, Any]:
+    def configs(self) -> dict[str, AdapterConfig]:
         """Return fresh adapter configs by component."""
         unet = UNET_LINEAR + (UNET_CONV if self.convs else [])
-        return {"unet": self.make(unet), "text_encoder": self.make(TEXT_LINEAR)}
-
-
-def _lokr(targets: list[str]) -> LoKrConfig:
-    return LoKrConfig(r=8, alpha=8, target_modules=targets, use_effective_conv2d=True)
-
-
-def _loha(targets: list[str]) -> LoHaConfig:
-    return LoHaConfig(r=8, alpha=8, target_modules=targets, use_effective_conv2d=True)
-
-
-def _miss(targets: list[str]) -> MissConfig:
-    return MissConfig(r=8, target_modules=targets)
-
-
-def _shira(targets: list[str]) -> ShiraConfig:
-    return ShiraConfig(r=8, target_modules=targets, random_seed=0)
-
-
-def _lora(targets: list[str]) -> LoraConfig:
-    return LoraConfig(r=8, lora_alpha=8, target_modules=targets)
+        return {
+            "unet": self.config(target_modules=unet, **self.fields),
+            "text_encoder": self.config(target_modules=list(TEXT_LINEAR), **self.fields),
+        }
 
 
 RECIPES: dict[str, Recipe] = {
-    "lokr": Recipe("LoKr", _lokr, convs=True, learning_rate=1e-2),
-    "loha": Recipe("LoHa", _loha, convs=True, learning_rate=1e-2),
-    "miss": Recipe("MiSS", _miss, convs=False, learning_rate=3e-3),
-    "shira": Recipe("SHiRA", _shira, convs=False, learning_rate=1e-2),
-    "lora": Recipe("LoRA", _lora, convs=False, learning_rate=5e-3),
+    "lokr": Recipe("LoKr", LoKrConfig, {"r": 16, "alpha": 16, "use_effective_conv2d": True, "decompose_factor": 4}, 8e-3, True),
+    "loha": Recipe("LoHa", LoHaConfig, {"r": 8, "alpha": 8, "use_effective_conv2d": True}, 7e-3, True),
+    "miss": Recipe("MiSS", MissConfig, {"r": 8}, 2e-3),
+    "shira": Recipe("SHiRA", ShiraConfig, {"r": 8, "random_seed": 0}, 8e-3),
+    "lora": Recipe("LoRA", LoraConfig, {"r": 8, "lora_alpha": 8}, 3e-3),
+    "dora": Recipe("DoRA", LoraConfig, {"r": 8, "lora_alpha": 8, "weight_decompose": True}, 3e-3),
 }
 
 

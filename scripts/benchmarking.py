@@ -1,0 +1,152 @@
+"""What the benchmarks share: algorithms as three libraries spell them, paired rounds, spreads, bytes kept for backward."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+MIB = 2**20
+WIDEST = 0.03  # half width of an interval from which a ratio is called inconclusive
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """One algorithm at one size: config class and fields, by the names that PEFT and we share, and what differs.
+
+    Attributes:
+        config: name of the config class in PEFT and here.
+        fields: of both.
+        ours: fields of ours that PEFT does not have.
+        peft: fields of PEFT's that mean the same.
+        lycoris: fields of LyCORIS' module that mean the same.
+        conv: whether PEFT and LyCORIS have it on convolutions.
+        tucker: whether convolutions get a Tucker core.
+    """
+
+    config: str
+    fields: Mapping[str, Any]
+    ours: Mapping[str, Any] = field(default_factory=dict)
+    peft: Mapping[str, Any] = field(default_factory=dict)
+    lycoris: Mapping[str, Any] = field(default_factory=dict)
+    conv: bool = False
+    tucker: bool = False
+
+    def config_of(self, package: Any, targets: list[str], conv: bool, more: Mapping[str, Any]) -> Any:
+        """Return the config of `package` for modules of these names; `conv` says whether there are convolutions among them."""
+        core = {"use_effective_conv2d": True} if self.tucker and conv else {}
+        return getattr(package, self.config)(target_modules=targets, **{**self.fields, **core, **more})
+
+
+_FULL: Any = {"ours": {"full_matrix": True}, "peft": {"r": 100_000}, "lycoris": {"factor": 8, "full_matrix": True}}
+ALGORITHMS = {
+    "lora": Algorithm("LoraConfig", {"r": 8}, conv=True),
+    "lokr": Algorithm("LoKrConfig", {"r": 8}, conv=True, tucker=True),
+    "lokr-f8-full": Algorithm(
+        "LoKrConfig", {"r": 8, "decompose_factor": 8}, **_FULL, lycoris={"factor": 8, "full_matrix": True}
+    ),
+    "loha": Algorithm("LoHaConfig", {"r": 8}, conv=True, tucker=True),
+    "loha-r4": Algorithm("LoHaConfig", {"r": 4}),
+    "miss": Algorithm("MissConfig", {"r": 8}),
+    "shira": Algorithm("ShiraConfig", {"r": 8, "random_seed": 0}),
+    "dora": Algorithm("LoraConfig", {"r": 8, "use_dora": True}, lycoris={"weight_decompose": True}, conv=True),
+}
+
+
+def fill_factors(owners: nn.Module) -> list[nn.Parameter]:
+    """Give every trained factor non-zero values; DoRA's magnitudes stay the norms they start from. Return the parameters."""
+    trained = [(name, parameter) for name, parameter in owners.named_parameters() if parameter.requires_grad]
+    with torch.no_grad():
+        for name, parameter in trained:
+            if not re.search("magnitude|dora_scale", name):
+                parameter.normal_(std=0.02)
+    return [parameter for _, parameter in trained]
+
+
+def saved_bytes(owners: nn.Module, forward: Callable[[], Tensor]) -> int:
+    """Return the bytes of the distinct storages that a forward keeps for backward, parameters and buffers left out."""
+    owned = {address for tensor in chain(owners.parameters(), owners.buffers()) for address, _ in storages(tensor)}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.update(storages(tensor))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = forward()
+    del output  # alive until here, so that no address is given out twice
+    return sum(size for address, size in saved.items() if address not in owned)
+
+
+def storages(tensor: Tensor) -> Iterator[tuple[int, int]]:
+    """Yield address and bytes of the storage of a tensor, or of both storages of a sparse one."""
+    for part in (tensor._values(), tensor._indices()) if tensor.is_sparse else (tensor,):
+        yield part.untyped_storage().data_ptr(), part.untyped_storage().nbytes()
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A median of paired ratios, with a 95 % interval by the bootstrap."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float], base: Sequence[float]) -> Ratio:
+        """Return the ratio of values to those of the base in the same rounds."""
+        ratios = np.asarray(values) / np.asarray(base)
+        picked = np.random.default_rng(0).integers(0, len(ratios), (2000, len(ratios)))
+        low, high = np.percentile(np.median(ratios[picked], axis=1), (2.5, 97.5))
+        return cls(float(np.median(ratios)), float(low), float(high))
+
+    @property
+    def conclusive(self) -> bool:
+        """Whether the interval is narrow enough to be judged."""
+        return max(self.high - self.median, self.median - self.low) <= WIDEST * self.median
+
+    def __str__(self) -> str:
+        text = f"{self.median:.2f} ({self.low:.2f}-{self.high:.2f})"
+        return text if self.conclusive else f"{text} ?"
+
+
+def order(names: Sequence[str], index: int) -> list[str]:
+    """Rotate by one more in each round and reverse every other one, so that nobody always follows the same one."""
+    turn = index % len(names)
+    rotated = [*names[turn:], *names[:turn]]
+    return rotated[:: -1 if index % 2 else 1]
+
+
+def machine(device: str = "cpu") -> dict[str, str]:
+    """Return what the numbers depend on."""
+    info = Path("/proc/cpuinfo")
+    cpu = re.search(r"model name\s*:\s*(.+)", info.read_text() if info.exists() else "")
+    named = {"CPU": cpu[1] if cpu else platform.processor() or platform.machine()}
+    named["cores"] = f"{os.cpu_count()}, {torch.get_num_threads()} threads used"
+    if device != "cpu":
+        named["device"] = torch.cuda.get_device_name(device)
+    named["versions"] = f"torch {torch.__version__}, PEFT {version('peft')}, LyCORIS {version('lycoris-lora')}"
+    return named
+
+
+def write_section(path: Path, markers: tuple[str, str], title: str, text: str) -> None:
+    """Put the text between the markers of the document, which is created or extended where they are missing."""
+    begin, end = markers
+    document = path.read_text(encoding="utf-8") if path.exists() else "# Benchmarks\n"
+    if begin not in document:
+        document = f"{document.rstrip()}\n\n{title}\n\n{begin}\n{end}\n"
+    head, _, rest = document.partition(begin)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{head}{begin}\n{text}\n{end}{rest.partition(end)[2]}", encoding="utf-8")

@@ -1,0 +1,24 @@
+"""From drawn pictures to measured ones on the embedded base model: a subject is learned, and the rest is kept."""
+
+from __future__ import annotations
+
+import pytest
+from PIL import Image
+
+from lycoris_diff.tiny.demo import run_demo
+from lycoris_diff.tiny.measure import subject_score
+
+
+@pytest.mark.parametrize("adapter", ["lokr", "lora"])
+def test_subject_is_learned_and_the_rest_kept(adapter, tmp_path):
+    """The demo as users run it: trained, written, loaded into a fresh base model, and read from the pixels."""
+    report = run_demo(adapter, tmp_path)
+    training, outcome = report.training, report.outcome
+    assert training.held_out_after < 0.6 * training.held_out_before
+    assert outcome.subject_before < 0.3 and outcome.subject_after > 0.5
+    assert outcome.others_before.share >= 0.75
+    assert outcome.others_after.share >= outcome.others_before.share - 0.2
+    assert outcome.others_subject < 0.2
+    assert report.succeeded
+    assert Image.open(report.files["pictures"]).width > 500
+    assert subject_score(Image.open(tmp_path / "subject" / "subject-1.png")) > 0.95
