@@ -54,9 +54,7 @@ _FULL: Any = {"ours": {"full_matrix": True}, "peft": {"r": 100_000}, "lycoris": 
 ALGORITHMS = {
     "lora": Algorithm("LoraConfig", {"r": 8}, conv=True),
     "lokr": Algorithm("LoKrConfig", {"r": 8}, conv=True, tucker=True),
-    "lokr-f8-full": Algorithm(
-        "LoKrConfig", {"r": 8, "decompose_factor": 8}, **_FULL, lycoris={"factor": 8, "full_matrix": True}
-    ),
+    "lokr-f8-full": Algorithm("LoKrConfig", {"r": 8, "decompose_factor": 8}, **_FULL),
     "loha": Algorithm("LoHaConfig", {"r": 8}, conv=True, tucker=True),
     "loha-r4": Algorithm("LoHaConfig", {"r": 4}),
     "miss": Algorithm("MissConfig", {"r": 8}),
