@@ -189,7 +189,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         "s / step",
         "held-out loss",
         "subject score (drawn)",
-        "other prompts right",
+        "other prompts, as asked",
         "kill -9, resume",
         "PEFT",
         "LyCORIS",

@@ -15,10 +15,8 @@ def test_subject_is_learned_and_the_rest_kept(adapter, tmp_path):
     report = run_demo(adapter, tmp_path)
     training, outcome = report.training, report.outcome
     assert training.held_out_after < 0.6 * training.held_out_before
-    assert outcome.subject_before < 0.3 and outcome.subject_after > 0.5
-    assert outcome.others_before.share >= 0.75
-    assert outcome.others_after.share >= outcome.others_before.share - 0.2
-    assert outcome.others_subject < 0.2
-    assert report.succeeded
+    assert outcome.subject_after > 0.5 and outcome.subject_after > outcome.subject_before + 0.15
+    assert outcome.others_before.share >= 0.9 and outcome.others_subject < 0.2
+    assert report.succeeded, outcome
     assert Image.open(report.files["pictures"]).width > 500
     assert subject_score(Image.open(tmp_path / "subject" / "subject-1.png")) > 0.95

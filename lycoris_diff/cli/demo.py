@@ -101,7 +101,7 @@ def _print_report(report: DemoReport) -> None:
         "[green]learned[/]" if outcome.learned else "[red]not learned[/]",
     )
     measured.add_row(
-        "other prompts: background, colour and shape as asked",
+        "other prompts: backgrounds, colours and shapes as asked",
         f"{outcome.others_before.right} of {outcome.others_before.total}",
         f"{outcome.others_after.right} of {outcome.others_after.total}",
         "[green]kept[/]" if outcome.kept else "[red]lost[/]",

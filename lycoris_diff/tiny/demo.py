@@ -17,7 +17,7 @@ from PIL import Image
 
 from ..training import DreamBoothConfig, TrainReport, TrainStep, load_trained, train_dreambooth
 from .charts import loss_chart, picture_rows
-from .measure import STEPS, Rate, SceneScores, draw_prompts, measure_scenes, picture_distance, read_scenes, subject_score
+from .measure import PARTS, STEPS, Rate, SceneScores, draw_prompts, measure_scenes, picture_distance, read_scenes, subject_score
 from .pipeline import PICTURE_SIZE, load_pipeline
 from .recipes import Recipe, find_recipe
 from .scenes import CREATURE, Scene, caption, random_scene
@@ -32,7 +32,7 @@ CLASS_GUIDANCE = 2.0  # pictures drawn with more are more saturated than what th
 OTHERS = 16  # prompts drawn before and after that do not name the subject, half of them of creatures
 SHOWN = 8  # of those in the grid
 SEEN = 0.4  # of the way from the score before to the most that the autoencoder can show: learned from there on
-LOST = 0.2  # part of the other prompts that may be drawn less well than before
+LOST = 0.12  # part of what other prompts ask for that may be lost: six of 48 statements
 ALIKE = 0.2  # score of the subject from which another prompt's picture looks like it
 
 #: called with a stage's name, what is done of it and how much there is
@@ -48,7 +48,8 @@ class Outcome:
         subject_after: the same after training.
         subject_drawn: the same of the pictures that were trained on.
         subject_coded: the same of those pictures after the base model's autoencoder: the most that it can show.
-        others_before: in how many pictures of other prompts background, colour and shape are what was asked for.
+        others_before: how much of what other prompts ask for is there; every picture counts three times, for its background,
+            its colour and its shape.
         others_after: the same after training.
         others_distance: mean absolute difference of those pictures before and after, of 255.
         others_subject: `subject_score` of the other prompts' pictures after training, on average.
@@ -244,11 +245,16 @@ def compare(subject: Sequence[Image.Image], coded: Sequence[Image.Image], before
         subject_after=fmean(map(subject_score, after.subject)),
         subject_drawn=fmean(map(subject_score, subject)),
         subject_coded=fmean(map(subject_score, coded)),
-        others_before=before.others.rate(),
-        others_after=after.others.rate(),
+        others_before=statements(before.others),
+        others_after=statements(after.others),
         others_distance=picture_distance(before.others.pictures, after.others.pictures),
         others_subject=fmean(map(subject_score, after.others.pictures)),
     )
+
+
+def statements(scores: SceneScores) -> Rate:
+    """Return how many of the pictures' backgrounds, colours and shapes are right."""
+    return Rate(sum(scores.rate(part).right for part in PARTS), len(PARTS) * len(scores.pairs))
 
 
 def grid(subject: Sequence[Image.Image], before: Drawn, after: Drawn, title: str) -> Image.Image:
