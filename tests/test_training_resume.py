@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,9 @@ import torch
 from trainingcases import ADAPTERS, assert_equal, draw, short_run, small_pipe, trained
 
 from lycoris_diff.errors import AdapterError
+from lycoris_diff.tiny import draw_subject_images, load_pipeline
+from lycoris_diff.tiny.demo import demo_config
+from lycoris_diff.tiny.recipes import find_recipe
 from lycoris_diff.training import train_dreambooth
 
 HERE = Path(__file__).parent
@@ -85,6 +89,24 @@ class TestBitForBit:
     def test_class_pictures(self, pictures, tmp_path):
         folder = draw(tmp_path / "class", 2)
         self.check("lokr", pictures, tmp_path, class_data_dir=folder, class_prompt="a", num_class_images=2)
+
+
+def test_two_threads_add_up_in_one_order(tmp_path):
+    """On models that are large enough for operations to be split, a run gives the same bits again."""
+    pictures = tmp_path / "pictures"
+    draw_subject_images(pictures, 3, name="a")
+    threads, losses, weights = torch.get_num_threads(), [], []
+    torch.set_num_threads(2)
+    try:
+        for name in ("one", "two"):
+            pipe = load_pipeline()
+            config = demo_config(find_recipe("lora"), pictures, pictures, tmp_path / name, steps=6, seed=0)
+            losses.append(train_dreambooth(pipe, replace(config, held_out_samples=4)).losses)
+            weights.append(trained(pipe))
+    finally:
+        torch.set_num_threads(threads)
+    assert losses[0] == losses[1] and not torch.are_deterministic_algorithms_enabled()
+    assert_equal(*weights)
 
 
 RUN = """

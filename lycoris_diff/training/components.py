@@ -32,6 +32,25 @@ def forked_rng(seed: int) -> Iterator[None]:
 
 
 @contextmanager
+def repeatable(device: torch.device) -> Iterator[None]:
+    """On the CPU have several threads add up in one order, so that a run can be repeated to the bit.
+
+    Where an operation has no such form torch only warns. Other devices are left as they are: there it costs much.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    memory: Any = torch.utils.deterministic
+    filled = memory.fill_uninitialized_memory
+    if device.type == "cpu" and not before[0]:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        memory.fill_uninitialized_memory = False  # a debugging aid that writes every new tensor twice
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        memory.fill_uninitialized_memory = filled
+
+
+@contextmanager
 def adapters_on(pipe: Any, adapters: Mapping[str, AdapterConfig], keep: bool = True) -> Iterator[None]:
     """Wrap the pipeline's components; they are restored if the block, or the wrapping itself, raises, or `keep` is not set."""
     wrapped: list[str] = []

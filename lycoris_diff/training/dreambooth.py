@@ -16,7 +16,7 @@ from accelerate.tracking import get_available_trackers
 
 from ..errors import AdapterError, ConfigError
 from .activations import SavedForBackward
-from .components import adapters_on, forked_rng, prepared
+from .components import adapters_on, forked_rng, prepared, repeatable
 from .config import DreamBoothConfig
 from .data.cache import key_of, model_digest
 from .data.pictures import PictureSet, all_picture_files
@@ -221,6 +221,7 @@ def _ready(
     objective = family.objective(config.min_snr_gamma)
     with (
         forked_rng(config.seed),
+        repeatable(accelerator.device),
         adapters_on(family.pipe, config.adapters, keep),
         prepared(family, config, accelerator) as models,
     ):
