@@ -18,6 +18,7 @@ from ..execution.costs import Choice, choose
 from ..execution.engine import Call, Term, adapted, cast, changed_weight
 from ..execution.geometry import Geometry, is_plain_weight, is_transformers_conv1d
 from ..execution.steps import Program, Step
+from .frozen import Ready, forget, frozen, prepared, settled
 from .parts import bias_change, plus, row_factor
 from .samples import Samples
 from .snapshot import Snapshot, write
@@ -76,6 +77,11 @@ class AdaptedLayer(nn.Module):
                 raise  # hooks and notes that other libraries put on a layer are that layer's own
             return getattr(super().__getattr__("base_layer"), name)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> AdaptedLayer:
+        forget(self)  # nothing stays behind on a device that the model leaves
+        super()._apply(fn, recurse)
+        return self
+
     # --- settings by adapter name ------------------------------------------------------------------------------------
     @property
     def scaling(self) -> Mapping[str, float]:
@@ -117,6 +123,7 @@ class AdaptedLayer(nn.Module):
     def remove(self, name: str) -> None:
         """Take an adapter out that is not merged."""
         del self.adapters[name]
+        forget(self)
         self.active = tuple(n for n in self.active if n != name)
         self.suspended = tuple(n for n in self.suspended if n != name)
         self.biased = any(adapter.changes_bias for _, adapter in self.named_adapters())
@@ -204,18 +211,27 @@ class AdaptedLayer(nn.Module):
     def _fused(self, names: Sequence[str], x: Tensor) -> Tensor:
         geo = self.geometry
         parameters: Any = self._modules["base_layer"]._parameters  # type: ignore[union-attr]
+        held, bias = parameters["weight"], parameters["bias"]
         inner, lead = geo.enter(x)
-        weight = geo.canonical(parameters["weight"])
-        active = self._prepare(names, inner, plain_weight=True)
-        bias = parameters["bias"]
+        weight = geo.canonical(held)
+        sources = None if self.training else frozen([self.adapter(n) for n in names], (held, bias))
+        if sources is None:
+            ready = self._ready(names, inner, weight, bias)
+        else:
+            prepare = lambda: settled(self._ready(names, inner, weight, bias), weight.numel())
+            ready = prepared(self, (names, x.dtype), sources, geo.tokens(inner), prepare)
+        return geo.leave(adapted(ready.call, inner, weight, *ready[1:]), lead)
+
+    def _ready(self, names: Sequence[str], x: Tensor, weight: Tensor, bias: Tensor | None) -> Ready:
+        """What the fused operation takes beside the input and the weight."""
+        active = self._prepare(names, x, plain_weight=True)
         if self.biased:
             bias = plus(bias, bias_change([member[:2] for member in active]))
             active = [member for member in active if member.adapter.changes_weight]
         row = self._row_factor(active, weight)
         terms = tuple([member.term(keep_program=row is not None) for member in active])
         tensors = [t for member in active for t in member.f.values()]
-        y = adapted(Call(geo, terms, x.dtype), inner, weight, bias, row, tensors)
-        return geo.leave(y, lead)
+        return Ready(Call(self.geometry, terms, x.dtype), bias, row, tensors)
 
     def _separate(self, names: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Plain differentiable operations: one with the changed weight where the base may be bypassed, else all beside it."""
