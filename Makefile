@@ -8,11 +8,12 @@ VENV ?= .venv
 PIP_ARGS ?=
 PYTEST_ARGS ?= -n auto
 BENCH_ARGS ?= --markdown docs/benchmarks.md
+MODELS_ARGS ?= --json docs/benchmarks.json --chart docs/images/benchmarks.png --markdown docs/benchmarks.md
 
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow quality style bench clean
+.PHONY: help demo test test-slow quality style bench bench-models clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 12
@@ -40,6 +41,10 @@ style: $(VENV)/.installed-dev  ## fix what can be fixed and format
 
 bench: $(VENV)/.installed-bench  ## measure single layers against PEFT and LyCORIS
 	$(BIN)/python scripts/benchmark_layers.py $(BENCH_ARGS)
+
+bench-models: $(VENV)/.installed-bench  ## measure whole models, hours of it; goes on where it was interrupted
+	$(BIN)/python scripts/benchmark.py $(MODELS_ARGS)
+	$(BIN)/python scripts/benchmark_operations.py --markdown docs/benchmarks.md
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -54,12 +54,16 @@ _FULL: Any = {"ours": {"full_matrix": True}, "peft": {"r": 100_000}, "lycoris": 
 ALGORITHMS = {
     "lora": Algorithm("LoraConfig", {"r": 8}, conv=True),
     "lokr": Algorithm("LoKrConfig", {"r": 8}, conv=True, tucker=True),
+    "lokr-f8": Algorithm("LoKrConfig", {"r": 8, "decompose_factor": 8}, lycoris={"factor": 8}, conv=True, tucker=True),
+    "lokr-f16": Algorithm("LoKrConfig", {"r": 8, "decompose_factor": 16}, lycoris={"factor": 16}, conv=True, tucker=True),
     "lokr-f8-full": Algorithm("LoKrConfig", {"r": 8, "decompose_factor": 8}, **_FULL),
     "loha": Algorithm("LoHaConfig", {"r": 8}, conv=True, tucker=True),
     "loha-r4": Algorithm("LoHaConfig", {"r": 4}),
+    "loha-r32": Algorithm("LoHaConfig", {"r": 32}),
     "miss": Algorithm("MissConfig", {"r": 8}),
     "shira": Algorithm("ShiraConfig", {"r": 8, "random_seed": 0}),
     "dora": Algorithm("LoraConfig", {"r": 8, "use_dora": True}, lycoris={"weight_decompose": True}, conv=True),
+    "oft": Algorithm("OFTConfig", {"r": 0, "oft_block_size": 32}, conv=True),
 }
 
 

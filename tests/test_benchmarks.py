@@ -1,0 +1,122 @@
+"""The benchmark scripts on a model of a few kilobytes: contenders of the same size, all numbers, nothing measured twice."""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+pytest.importorskip("lycoris")
+pytest.importorskip("peft")
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """The scripts as modules, with one more workload."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import benchmark
+    import benchmark_models
+    import benchmark_operations
+
+    def unet():
+        return UNet2DConditionModel(
+            block_out_channels=(64, 64),
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=64,
+            attention_head_dim=8,
+            layers_per_block=1,
+        )
+
+    def inputs():
+        text = torch.randn(1, 5, 64)
+        return {"sample": torch.randn(1, 4, 8, 8), "timestep": torch.tensor([500]), "encoder_hidden_states": text}
+
+    tiny = benchmark_models.Workload(unet, inputs, "sample", benchmark_models.WORKLOADS["sd15-32"].targets)
+    monkeypatch.setitem(benchmark_models.WORKLOADS, "tiny", tiny)
+    threads = torch.get_num_threads()
+    yield {"models": benchmark, "operations": benchmark_operations}
+    torch.set_num_threads(threads)
+    for name in [name for name in sys.modules if name.startswith("benchmark")]:
+        del sys.modules[name]
+
+
+def case(scripts, targets, algorithm):
+    return scripts["models"].Case("tiny", targets, algorithm, "float32", "cpu")
+
+
+PEERS = {"lora": 4, "lokr": 4, "lokr-f8-full": 4, "loha": 4, "loha-r32": 4, "dora": 3, "oft": 2, "miss": 2, "shira": 2}
+QUICK = [("lokr", "conv"), ("shira", "attention")]
+REST = [(name, targets) for name in PEERS for targets in ("attention", "conv") if (name, targets) not in QUICK]
+
+
+@pytest.mark.parametrize(("algorithm", "targets"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in REST)])
+def test_contenders_are_equally_large(scripts, algorithm, targets):
+    """`measure` refuses what is not; every library that has an algorithm there takes part."""
+    names = ["ours", "PEFT", "LyCORIS", "LyCORIS bypass"]
+    row = scripts["models"].measure(case(scripts, targets, algorithm), names, 1, 1, False)
+    assert row.parameters["ours"] > 0
+    everywhere = scripts["models"].ALGORITHMS[algorithm].conv or targets == "attention"
+    assert len(row.step) == PEERS[algorithm] - (not everywhere)
+    assert row.step.keys() == row.forward.keys() == row.saved.keys() == row.parameters.keys()
+
+
+def test_contenders_compute_the_same_base(scripts):
+    """With factors that change nothing, everyone gives the base model's output."""
+    subject = case(scripts, "conv", "lora")
+    call = subject.call()
+    with torch.no_grad():
+        expected = subject.contender("base").forward(call)
+        for name in ("ours", "PEFT", "LyCORIS", "LyCORIS bypass"):
+            contender = subject.contender(name)
+            assert not torch.allclose(contender.forward(call), expected, atol=1e-4)
+            for parameter in contender.trainable:
+                parameter.zero_()
+            torch.testing.assert_close(contender.forward(call), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_report(scripts, tmp_path, capsys, monkeypatch):
+    files = {name: tmp_path / name for name in ("all.json", "page.md", "chart.png")}
+    given = ["--models", "tiny", "--targets", "attention", "--rounds", "2", "--most-rounds", "2", "--threads", "1"]
+    given += ["--json", str(files["all.json"]), "--markdown", str(files["page.md"])]
+    scripts["models"].main([*given, "--algos", "lora"])
+    measured = json.loads(files["all.json"].read_text())["rows"]
+    assert [row["case"]["algorithm"] for row in measured] == ["lora"]
+    scripts["models"].main([*given, "--algos", "lora", "lokr"])
+    rows = json.loads(files["all.json"].read_text())["rows"]
+    assert rows[0] == measured[0]  # kept, not measured again
+    assert [row["case"]["algorithm"] for row in rows] == ["lora", "lokr"]
+    page = files["page.md"].read_text()
+    assert page.count("| tiny | attention |") == 2
+    pytest.importorskip("matplotlib")
+    scripts["models"].main([*given, "--algos", "lora", "--chart", str(files["chart.png"])])
+    assert files["chart.png"].stat().st_size > 1000
+
+
+def test_rows_of_another_machine(scripts, tmp_path):
+    kept = tmp_path / "all.json"
+    kept.write_text(json.dumps({"machine": {"CPU": "an abacus"}, "rows": []}))
+    with pytest.raises(SystemExit, match="abacus"):
+        scripts["models"].main(["--models", "tiny", "--targets", "attention", "--algos", "lora", "--json", str(kept)])
+
+
+def test_peak_memory(scripts):
+    """Two steps in a process of its own; here in this one, because the tiny model is not known to another."""
+    peak = partial(scripts["models"].peak_bytes, case(scripts, "attention", "lora"))
+    assert peak("ours") > 0
+
+
+def test_operations(scripts, tmp_path):
+    page = tmp_path / "page.md"
+    given = ["--models", "tiny", "--targets", "conv", "--algos", "lora", "shira", "--rounds", "1", "--threads", "1"]
+    scripts["operations"].main([*given, "--markdown", str(page)])
+    lines = [line for line in page.read_text().splitlines() if line.startswith("| tiny")]
+    assert len(lines) == 2
+    assert " / " in lines[0]
+    assert " / " not in lines[1]  # PEFT has no SHiRA on convolutions
