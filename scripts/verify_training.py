@@ -129,6 +129,9 @@ def peft_reads(folder: Path) -> str:
 
     from lycoris_diff.training import load_trained
 
+    kinds = {json.loads(path.read_text())["peft_type"] for path in folder.glob("*/adapter_config.json")}
+    if any(kind.startswith("LYCORIS_DIFF_") for kind in kinds):
+        return "cannot express it"
     pipe = load_pipeline()
     load_trained(pipe, folder)
     ours, pipe = answer(pipe), load_pipeline()

@@ -74,8 +74,8 @@ class TestDemo:
         assert set(ADAPTERS) == set(RECIPES)
 
     def test_unknown_recipe(self, tmp_path):
-        with pytest.raises(AdapterError, match="'oft'"):
-            demo.run_demo("oft", tmp_path / "out")
+        with pytest.raises(AdapterError, match="'vera'"):
+            demo.run_demo("vera", tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
 
@@ -85,7 +85,7 @@ class TestExitCodes:
         [
             [],
             ["unknown"],
-            ["demo", "--adapter", "oft"],
+            ["demo", "--adapter", "vera"],
             ["demo", "--steps", "0"],
             ["demo", "--steps", "many"],
             ["demo", "--seed", "-1"],

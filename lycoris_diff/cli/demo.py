@@ -17,7 +17,22 @@ if TYPE_CHECKING:
     from ..tiny.demo import DemoReport
     from ..training import TrainStep
 
-ADAPTERS = ("lokr", "loha", "miss", "shira", "lora", "dora")
+ADAPTERS = (
+    "lokr",
+    "loha",
+    "miss",
+    "shira",
+    "lora",
+    "dora",
+    "oft",
+    "diag_oft",
+    "boft",
+    "glora",
+    "tlora",
+    "ia3",
+    "norm",
+    "full",
+)
 STEPS = 240
 
 DESCRIPTION = """\

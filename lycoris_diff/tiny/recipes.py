@@ -5,7 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..adapters import AdapterConfig, LoHaConfig, LoKrConfig, LoraConfig, MissConfig, ShiraConfig
+from ..adapters import (
+    AdapterConfig,
+    BOFTConfig,
+    DiagOFTConfig,
+    FullConfig,
+    GLoraConfig,
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    MissConfig,
+    NormConfig,
+    OFTConfig,
+    ShiraConfig,
+    TLoraConfig,
+)
 from ..errors import ConfigError
 
 UNET_LINEAR = ["proj_in", "proj_out", "to_k", "to_q", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
@@ -20,7 +35,7 @@ class Recipe:
     Attributes:
         title: the algorithm's name as people write it.
         config: its config class.
-        fields: of the config, beside `target_modules`.
+        fields: of the config; `target_modules` where the linear layers (and convolutions) are not what it adapts.
         learning_rate: of AdamW, for both components.
         convs: whether the UNet's residual convolutions are adapted as well.
     """
@@ -34,10 +49,8 @@ class Recipe:
     def configs(self) -> dict[str, AdapterConfig]:
         """Return fresh adapter configs by component."""
         unet = UNET_LINEAR + (UNET_CONV if self.convs else [])
-        return {
-            "unet": self.config(target_modules=unet, **self.fields),
-            "text_encoder": self.config(target_modules=list(TEXT_LINEAR), **self.fields),
-        }
+        targets = {"unet": unet, "text_encoder": list(TEXT_LINEAR)}
+        return {name: self.config(**{"target_modules": names, **self.fields}) for name, names in targets.items()}
 
 
 RECIPES: dict[str, Recipe] = {
@@ -47,6 +60,14 @@ RECIPES: dict[str, Recipe] = {
     "shira": Recipe("SHiRA", ShiraConfig, {"r": 8, "random_seed": 0}, 8e-3),
     "lora": Recipe("LoRA", LoraConfig, {"r": 8, "lora_alpha": 8}, 3e-3),
     "dora": Recipe("DoRA", LoraConfig, {"r": 8, "lora_alpha": 8, "weight_decompose": True}, 3e-3),
+    "oft": Recipe("OFT", OFTConfig, {"oft_block_size": 8}, 2e-3),
+    "diag_oft": Recipe("Diag-OFT", DiagOFTConfig, {"r": 8}, 2e-3),
+    "boft": Recipe("BOFT", BOFTConfig, {"r": 8}, 1.5e-3),
+    "glora": Recipe("GLoRA", GLoraConfig, {"r": 8, "alpha": 8}, 3e-3),
+    "tlora": Recipe("T-LoRA", TLoraConfig, {"r": 8, "alpha": 8}, 3e-3),
+    "ia3": Recipe("(IA)³", IA3Config, {}, 3e-2, True),
+    "norm": Recipe("norms", NormConfig, {"target_modules": None}, 1e-2),
+    "full": Recipe("full weights", FullConfig, {}, 3e-4, True),
 }
 
 
