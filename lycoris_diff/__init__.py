@@ -44,6 +44,7 @@ from .diffusion import (
 from .errors import AdapterError, CheckpointError, ConfigError, TargetError
 from .injection import InjectReport, inject_adapter
 from .layers.layer import AdaptedLayer
+from .merging import RequantizeReport
 from .model import AdapterModel
 from .peft_format import get_peft_model_state_dict, set_peft_model_state_dict
 from .systems import (
@@ -104,6 +105,7 @@ __all__ = [
     "OFTConfig",
     "OFTModel",
     "PeftModel",
+    "RequantizeReport",
     "ShiraConfig",
     "ShiraModel",
     "TLoraConfig",

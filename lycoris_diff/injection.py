@@ -21,6 +21,7 @@ from .biases import BiasSet, bias_mode
 from .errors import AdapterError, ConfigError
 from .execution.geometry import is_plain_weight
 from .execution.norms import NormGeometry
+from .execution.packed import describe, unreadable
 from .layers.layer import AdaptedLayer
 from .layers.norm import AdaptedNorm
 from .layers.saved import SavedModule
@@ -135,6 +136,7 @@ def build_adapter(
         raise ConfigError(f"{target.path}: {error}") from error
     with torch.device("meta" if low_cpu_mem_usage else "cpu"):
         adapter = cls(target.geometry, own, shapes)
+    check_packed(target, adapter)
     dtype = parameter_dtype(target.layer, autocast or cls.wide_factors)
     adapter.to(dtype=dtype)
     if not low_cpu_mem_usage:
@@ -149,13 +151,16 @@ def build_adapter(
 def base_weight(model: nn.Module, target: Target) -> Tensor:
     """Canonical unmodified weight of a target, also where another adapter is merged into it.
 
+    Of a packed (quantized) one the numbers it stands for, in float32: for what is computed once, when adapters are attached.
+
     Raises:
-        AdapterError: the weight is packed or quantized.
+        AdapterError: the weight is packed in a way that cannot be read.
     """
     layer = model.get_submodule(target.path)
     if not isinstance(layer, AdaptedLayer):
         layer = AdaptedLayer(target.layer, target.geometry)
-    return layer.base_weight().detach()
+        layer.path = target.path
+    return layer.values()
 
 
 def inject_adapter(
@@ -189,8 +194,6 @@ def inject_adapter(
     check_patterns(config, [t.path for t in targets])
     saved = saved_modules(model, config)
     _check_bias(model, config, adapter_name)
-    for target in targets:
-        _check_decomposable(target, config)
     adapters = {
         t.path: build_adapter(model, t, config, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype) for t in targets
     }
@@ -223,8 +226,12 @@ def attach(
     Raises:
         AdapterError: an adapter needs its layer's weight and cannot have it, or belongs to another; nothing has changed then.
     """
+    squares: dict[str, Tensor] = {}
     for target, adapter in adapters.values():
+        check_packed(target, adapter)
         adapter.settle(partial(base_weight, model, target))
+        if _is_packed(target) and _wants_norms(adapter):
+            squares[target.path] = base_weight(model, target).square().sum(1)
     state = state_of(model)
     if state is None:
         state = AdapterState(was_trainable={n for n, p in model.named_parameters() if p.requires_grad})
@@ -241,8 +248,11 @@ def attach(
         if not isinstance(layer, AdaptedLayer):
             kind = AdaptedNorm if isinstance(target.geometry, NormGeometry) else AdaptedLayer
             layer = swaps[target.layer] = kind(target.layer, target.geometry)
+            layer.path = path
         adapter.train(layer.training)
         layer.add(name, adapter)
+        if path in squares:
+            layer.row_squares = squares[path]
     for path in saved:
         module = model.get_submodule(path)
         if not isinstance(module, SavedModule):
@@ -411,10 +421,30 @@ def _check_bias(model: nn.Module, config: AdapterConfig, name: str) -> None:
         raise AdapterError(f"adapter {state.biases.owner!r} already trains base biases; {name!r} cannot do so as well")
 
 
-def _check_decomposable(target: Target, config: AdapterConfig) -> None:
-    wants = getattr(config, "weight_decompose", False) or getattr(config, "init_weights", None) == "bat"
-    wants = wants or not adapter_class(config).additive
-    if wants and not is_plain_weight(getattr(target.layer, "weight", None)):
+def check_packed(target: Target, adapter: Adapter) -> None:
+    """Refuse an adapter that cannot do without the values of a packed (quantized) weight.
+
+    Raises:
+        ConfigError: naming the layer, its weight's class, and why.
+    """
+    if not adapter.depends_on_weight or not _is_packed(target):
+        return
+    gap = adapter.packed_gap()
+    if not gap and target.geometry.edges:
+        gap = f"{type(adapter).__name__} cannot tell the layer's padding ({target.geometry.edge_mode}) from its input"
+    if not gap and _wants_norms(adapter):
+        gap = unreadable(target.layer)
+    if gap:
         raise ConfigError(
-            f"{target.path!r} ({type(target.layer).__name__}) is quantized; {type(config).__name__} needs its weight"
+            f"{target.path!r} ({describe(target.layer)}) is quantized, and {gap}. Leave the layer out (exclude_modules), use "
+            "an additive algorithm (LoRA, LoKr, LoHa, MiSS, SHiRA), or load the model unquantized"
         )
+
+
+def _wants_norms(adapter: Adapter) -> bool:
+    """Whether the rows' norms are asked for, once: DoRA, by itself or in a sum."""
+    return any(a.decomposed for a in adapter.modules() if isinstance(a, Adapter))
+
+
+def _is_packed(target: Target) -> bool:
+    return not is_plain_weight(getattr(target.layer, "weight", None))

@@ -1,9 +1,12 @@
-"""What merging and combining adapters needs to know of a whole model; nothing here changes it."""
+"""What merging and combining adapters needs to know of a whole model; no weight is changed here."""
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,24 +14,91 @@ from torch import nn
 from .adapters.base import Adapter
 from .adapters.combined import Combined, CombinedConfig
 from .errors import AdapterError
+from .execution.packed import describe
 from .injection import AdapterState, adapted_layers, layer_config, saved_copies, state_of
 from .layers.layer import AdaptedLayer
+from .layers.rounded import rounded
 from .targets import Target
 
+#: False refuses to merge into packed weights; True rounds them anew and prints what that loses; a function is given the report
+Requantize = bool | Callable[["RequantizeReport"], Any]
+_SHOWN = 5
 
-def mergeable_layers(model: nn.Module, names: Sequence[str], safe: bool) -> list[AdaptedLayer]:
+
+@dataclass(frozen=True)
+class RequantizeReport:
+    """What merging into packed (quantized) weights lost.
+
+    Attributes:
+        losses: path of every layer that was rounded anew -> ``||rounded - (W + change)|| / ||change||``. 0 keeps the change
+            whole; from 1 on the layer is further from it than with no change at all.
+    """
+
+    losses: Mapping[str, float]
+
+    @property
+    def worst(self) -> tuple[str, float]:
+        """The layer that lost most, and how much; ``("", 0.0)`` where nothing was rounded."""
+        return max(self.losses.items(), key=lambda pair: pair[1], default=("", 0.0))
+
+    @property
+    def median(self) -> float:
+        """The middle one of all losses."""
+        return statistics.median(self.losses.values()) if self.losses else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that `json.dumps` takes."""
+        return asdict(self) | {"median": self.median, "worst": list(self.worst)}
+
+    def __str__(self) -> str:
+        if not self.losses:
+            return "no quantized layer was changed"
+        ranked = sorted(self.losses.items(), key=lambda pair: -pair[1])
+        lines = [
+            f"rounded into {len(ranked)} quantized layers; of the adapters' change is lost: median {self.median:.1%}, "
+            f"worst {ranked[0][1]:.1%}"
+        ]
+        lines += [f"  {loss:7.1%}  {path}" for path, loss in ranked[:_SHOWN]]
+        lines += [f"  and {len(ranked) - _SHOWN} more"] if len(ranked) > _SHOWN else []
+        worse = sum(loss >= 1 for loss in self.losses.values())
+        lines += [f"  {worse} of them are further from the change than without it: leave it unmerged"] if worse else []
+        return "\n".join(lines)
+
+
+def report_losses(requantize: Requantize, layers: Iterable[tuple[str, AdaptedLayer]]) -> None:
+    """Hand out, or print, what merging has just lost; nothing where it was not asked for."""
+    if requantize is False:
+        return
+    report = RequantizeReport({path: layer.loss for path, layer in layers if layer.loss is not None})
+    (print if requantize is True else requantize)(report)
+
+
+def allow_rounding(layers: Iterable[AdaptedLayer], requantize: Requantize) -> None:
+    """Let packed layers be rounded anew, from now on: whatever merges them again may as well."""
+    for layer in layers:
+        layer.may_round = layer.may_round or requantize is not False
+
+
+def mergeable_layers(
+    model: nn.Module, names: Sequence[str], safe: bool, requantize: Requantize = False
+) -> list[tuple[str, AdaptedLayer]]:
     """Layers that carry one of the adapters, after making sure that each can be merged into; nothing is changed.
 
     Args:
         model: base model.
         names: adapters to merge.
         safe: also compute every merged weight and refuse one that is not finite.
+        requantize: layers with packed weights count as well, where their weights can be rounded anew.
+
+    Returns:
+        Layers with their paths.
 
     Raises:
         AdapterError: naming the layer and why it cannot be merged into.
     """
     layers = [(p, m) for p, m in adapted_layers(model) if any(n in m.adapters for n in names)]
     owners = Counter(p for m in model.modules() for p in m._parameters.values() if p is not None)
+    packed = [path for path, layer in layers if not layer.has_plain_weight]
     for path, layer in layers:
         held = layer.base_layer._parameters.get("weight")
         if held is None or held.is_meta:
@@ -40,7 +110,7 @@ def mergeable_layers(model: nn.Module, names: Sequence[str], safe: bool) -> list
                 "Untie them first, or leave the adapter unmerged"
             )
         if not layer.has_plain_weight:
-            raise AdapterError(f"{path!r} ({type(layer.base_layer).__name__}) has a packed weight; it cannot be merged into")
+            _check_packed(path, layer, names, packed, requantize)
         if safe:
             every = [n for n in dict.fromkeys((*layer.held, *names)) if n in layer.adapters]
             values = [v for v in layer.merged_tensors(every).values() if v is not None]
@@ -49,7 +119,25 @@ def mergeable_layers(model: nn.Module, names: Sequence[str], safe: bool) -> list
                     f"merging {list(names)} gives non-finite weights in {path!r}; nothing was merged. "
                     "The adapter is damaged, or too strong for the weights' dtype"
                 )
-    return [layer for _, layer in layers]
+    return layers
+
+
+def _check_packed(path: str, layer: AdaptedLayer, names: Sequence[str], packed: Sequence[str], requantize: Requantize) -> None:
+    if requantize is False:
+        some = ", ".join(map(repr, packed[:_SHOWN])) + (f" and {len(packed) - _SHOWN} more" if len(packed) > _SHOWN else "")
+        raise AdapterError(
+            f"the weights of {some} are packed (quantized; {path!r} is {describe(layer.base_layer)}): merging would round part "
+            "of the change away. Leave the adapters unmerged, which loses nothing, or pass requantize=True to round the "
+            "weights anew and be told what is lost"
+        )
+    rest = [n for n in layer.active if n not in (*layer.held, *names) and layer.adapter(n).depends_on_weight]
+    if rest:
+        raise AdapterError(f"{path!r} is packed, and active {rest} multiply its weight: merge them as well, or switch them off")
+    try:  # for nothing: what cannot be rounded must show before anything changes
+        wanted: Any = layer.merged_tensors([n for n in dict.fromkeys((*layer.held, *names)) if n in layer.adapters])["weight"]
+        rounded(layer.base_layer, wanted, layer.snapshot)
+    except AdapterError as error:
+        raise AdapterError(f"{path!r} cannot be merged into: {error}") from error
 
 
 def weighted_sum(

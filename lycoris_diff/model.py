@@ -29,8 +29,7 @@ from .injection import (
     state_of,
     unwrap,
 )
-from .layers.snapshot import write
-from .merging import mergeable_layers, weighted_sum
+from .merging import Requantize, allow_rounding, mergeable_layers, report_losses, weighted_sum
 from .per_sample import samples_with
 from .wrapper import TransparentWrapper
 
@@ -208,7 +207,12 @@ class AdapterModel(TransparentWrapper):
             biases.use(self.model, trained=enabled and biases.owner in self.active_adapters)
 
     # --- merging -----------------------------------------------------------------------------------------------------
-    def merge_adapter(self, adapter_names: Sequence[str] | str | None = None, safe_merge: bool = False) -> None:
+    def merge_adapter(
+        self,
+        adapter_names: Sequence[str] | str | None = None,
+        safe_merge: bool = False,
+        requantize: Requantize = False,
+    ) -> None:
         """Write adapters (default: the active ones) into the base weights, keeping the originals in host memory.
 
         They stay in the weights until `unmerge_adapter` or `set_adapter`.
@@ -216,14 +220,18 @@ class AdapterModel(TransparentWrapper):
         Args:
             adapter_names: which; those that are merged already stay.
             safe_merge: refuse a result that is not finite.
+            requantize: round quantized weights anew by their own scheme, which loses part of the change: True prints how much,
+                a function is called with the `RequantizeReport`. False refuses them.
 
         Raises:
             AdapterError: unknown name, a quantized layer, or a non-finite result; no weight has been touched then.
         """
         names = self._names(adapter_names)
-        layers = mergeable_layers(self.model, names, safe_merge)
-        for layer in layers:
+        layers = mergeable_layers(self.model, names, safe_merge, requantize)
+        allow_rounding([layer for _, layer in layers], requantize)
+        for _, layer in layers:
             layer.merge(dict.fromkeys((*layer.held, *names)))
+        report_losses(requantize, layers)
 
     def unmerge_adapter(self) -> None:
         """Put the original weights back, bit for bit."""
@@ -241,7 +249,11 @@ class AdapterModel(TransparentWrapper):
         return sum(layer.snapshot.nbytes for _, layer in adapted_layers(self.model) if layer.snapshot)
 
     def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | str | None = None
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: Sequence[str] | str | None = None,
+        requantize: Requantize = False,
     ) -> nn.Module:
         """Write adapters into the base weights for good and return the base model without adapters.
 
@@ -249,13 +261,16 @@ class AdapterModel(TransparentWrapper):
             progressbar: show progress.
             safe_merge: refuse a result that is not finite.
             adapter_names: which; default the active ones. Adapters merged already stay merged.
+            requantize: as in `merge_adapter`.
         """
         names = self._names(adapter_names)
-        layers = mergeable_layers(self.model, names, safe_merge)
+        layers = mergeable_layers(self.model, names, safe_merge, requantize)
+        allow_rounding([layer for _, layer in layers], requantize)
         with _progress(len(layers), progressbar) as advance:
-            for layer in layers:
-                write(layer.base_layer, layer.merged_tensors(dict.fromkeys((*layer.merged, *names))))
+            for _, layer in layers:
+                layer.merge_for_good(dict.fromkeys((*layer.merged, *names)))
                 advance()
+        report_losses(requantize, layers)
         unwrap(self.model, keep_saved=True)
         return self.model
 

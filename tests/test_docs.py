@@ -59,6 +59,13 @@ def test_examples_of_the_embedded_model_run():
     assert run_examples(ROOT / "docs" / "tiny.md") >= 1
 
 
+def test_examples_of_quantized_models_run(capsys):
+    pytest.importorskip("torchao.quantization")
+    assert run_examples(ROOT / "docs" / "quantized.md") >= 2
+    printed = capsys.readouterr().out
+    assert "requantize=True" in printed and "change is lost: median" in printed
+
+
 def test_examples_of_training_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run_examples(ROOT / "docs" / "training.md") >= 7

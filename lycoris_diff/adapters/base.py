@@ -16,6 +16,8 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from ..errors import AdapterError, CheckpointError, ConfigError
+from ..execution.around import Around, Host
+from ..execution.engine import cast
 from ..execution.geometry import Geometry, geometry_of
 from ..execution.steps import Factors, Program
 from ..functional import dora
@@ -39,6 +41,7 @@ class Site:
     weight: Callable[[], Tensor]
 
 
+_DORA = "DoRA (weight_decompose)"
 #: strengths live in float32 tensors
 LARGEST_STRENGTH = torch.finfo(torch.float32).max
 
@@ -130,6 +133,31 @@ class Adapter(nn.Module):
         """The factored form with ``f["scale"]`` inside, or None when there is none for this layer."""
         return None
 
+    def packed_gap(self) -> str:
+        """Why this cannot run on a layer whose weight is packed (quantized), "" when it can."""
+        if self.decomposed:
+            axis: str = self.config.dora_axis  # type: ignore[attr-defined]
+            rows = axis == "out" and type(self).product is not Adapter.product and not self.geometry.kernel
+            need = f"{_DORA} of {type(self).__name__} on axis {axis!r} needs all the weight's values in every step"
+            return "" if rows else f'{need}, which LoRA and LoHa on axis "out" do not'
+        return "its change is computed from the weight's values" if self.depends_on_weight else ""
+
+    def packed_form(self, f: Factors, host: Host) -> Around | None:
+        """The change as trained without the weight's values, for what depends on them; None where `packed_gap` says why."""
+        pair, program = self.product(f), self.program(f)
+        if not self.decomposed or pair is None or program is None or host.row_squares is None:
+            return None
+        up, down = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in pair)
+        # W down^T by the layer's own operation, on k more tokens
+        mixed = host.plain(down.to(host.dtype)).to(up.dtype)
+        square = host.row_squares + ((2 * mixed.T + up @ (down @ down.T)) * up).sum(1)
+        magnitude = f[self.magnitude_name].reshape(-1).to(square.dtype)
+        row = magnitude * square.clamp_min(torch.finfo(square.dtype).tiny).rsqrt()
+        return Around(
+            after=lambda y: y * (row - 1).to(y.dtype),
+            beside=lambda x: program.run(self.geometry, x, cast(f, x.dtype)) * row.to(x.dtype),
+        )
+
     def add_delta(self, total: Tensor, f: Factors) -> Tensor:
         """``total + delta``; override when it can be had in fewer passes."""
         return total + self.delta(f).to(total.dtype)
@@ -158,9 +186,17 @@ class Adapter(nn.Module):
         """Why PEFT cannot express this adapter on such a layer, None when it can; unknown algorithms cannot."""
         return f"PEFT does not know {cls.__name__}"
 
+    def product(self, f: Factors) -> tuple[Tensor, Tensor] | None:
+        """The flattened delta as a product ``(out, k) @ (k, in * K)`` with a small k; None when it has no such form."""
+        return None
+
     def row_statistics(self, base: Tensor, f: Factors) -> tuple[Tensor, Tensor] | None:
         """``(sum_n base * delta, sum_n delta^2)`` for every row without building the delta; None when not possible."""
-        return None
+        pair = self.product(f)
+        if pair is None:
+            return None
+        up, down = (t.to(base.dtype) for t in pair)
+        return ((base.flatten(1) @ down.T) * up).sum(1), ((up @ (down @ down.T)) * up).sum(1)
 
     # --- files -------------------------------------------------------------------------------------------------------
     @classmethod

@@ -96,6 +96,9 @@ class Combined(Adapter):
         for _, part in self._parts():
             part.settle(base)
 
+    def packed_gap(self) -> str:
+        return next((gap for _, part in self._parts() if (gap := part.packed_gap())), "")
+
     def members(self, exact: bool = False) -> list[tuple[Adapter, dict[str, Tensor]]]:
         return [(part, part.inputs(exact)) for _, part in self._parts()]
 

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from ..execution.around import Around, Host, channels
 from ..execution.geometry import Geometry
 from ..execution.steps import Factors
 from ..functional import glora, lora
@@ -71,6 +72,20 @@ class GLora(Adapter):
         a1, a2, b1, b2 = (f[name].to(base.dtype) for name in self.factor_names[:4])
         core = f["glora_bm"].to(base.dtype) if "glora_bm" in f else None
         return f["scale"] * (glora.on_inputs(base, a1, a2) + lora.delta(b1, b2, core, tuple(base.shape)))
+
+    def packed_gap(self) -> str:
+        return "GLoRA maps the channels of every group alike" if self.geometry.groups > 1 else ""
+
+    def packed_form(self, f: Factors, host: Host) -> Around:
+        a1, a2, b1, b2 = (f[name] for name in self.factor_names[:4])
+        scale, geo = f["scale"], self.geometry
+
+        def beside(x: Tensor) -> Tensor:
+            if "glora_bm" in f:
+                return geo.apply(x, lora.delta(b1 * scale, b2, f["glora_bm"], geo.shape).to(x.dtype))
+            return channels(geo.apply(x, b2.to(x.dtype)), (b1 * scale,))
+
+        return Around(before=lambda x: channels(x, (a2, a1 * scale)), beside=beside)
 
 
 def _shapes(geometry: Geometry, r: int, core: bool) -> dict[str, tuple[int, ...]]:

@@ -10,6 +10,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..execution.around import Around, Host
 from ..execution.geometry import Geometry
 from ..execution.steps import Factors
 from .base import Adapter, Site, fill, register
@@ -66,3 +67,12 @@ class IA3(Adapter):
         # output channels of one group see the input channels of that group
         groups = self.geometry.groups
         return (base.unflatten(0, (groups, -1)) * w.view(groups, 1, -1, *ones)).reshape(base.shape)
+
+    def packed_gap(self) -> str:
+        return ""
+
+    def packed_form(self, f: Factors, host: Host) -> Around:
+        def scaled(x: Tensor) -> Tensor:
+            return x * f["ia3_weight"].to(x.dtype).view(-1, *[1] * (x.dim() - 2))
+
+        return Around(before=scaled) if self.config.on_input else Around(after=scaled)  # type: ignore[attr-defined]

@@ -118,12 +118,8 @@ class LoHa(Adapter):
     def _down(f: Factors) -> Tensor:
         return loha.khatri_rao(f["hada_w1_b"], f["hada_w2_b"])
 
-    def row_statistics(self, base: Tensor, f: Factors) -> tuple[Tensor, Tensor] | None:
-        if "hada_t1" in f:
-            return None
-        up, down = self._up(f).to(base.dtype), self._down(f).to(base.dtype)
-        inner = ((base.flatten(1) @ down.T) * up).sum(1)
-        return inner, ((up @ (down @ down.T)) * up).sum(1)
+    def product(self, f: Factors) -> tuple[Tensor, Tensor] | None:
+        return None if "hada_t1" in f else (self._up(f), self._down(f))
 
 
 def lycoris_gap(geometry: Geometry, config: ScaledConfig) -> str | None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError
 from ..execution.geometry import Geometry, mix
-from ..execution.steps import Conv, Factors, Mix, Pointwise, Program, Step, window
+from ..execution.steps import Conv, Factor, Factors, Mix, Pointwise, Program, Step, window
 from ..functional import lokr, lora
 from .base import Adapter, Initialiser, Site, fill, magnitude_shape, register
 from .config import ScaledConfig
@@ -183,32 +183,35 @@ class LoKr(Adapter):
         (a, c), (b, d, *_) = _halves_shapes(geo, {k: tuple(v.shape) for k, v in f.items() if k in self.factor_names})
         taps = geo.columns // geo.inp
         if "lokr_w2" in f:
-            return self._full_program(a, b, c, d, taps)
+            return self._full_program(f, a, b, c, d, taps)
         r = f["lokr_w2_b"].shape[0]
         if "lokr_t2" in f:
-            first = Pointwise(lambda f: f["lokr_w2_b"], groups=c)
-            last = self._window(Pointwise(lambda f: f["lokr_w2_a"].T, groups=a), a * b)
+            first = Pointwise(Factor("lokr_w2_b"), groups=c)
+            last = self._window(Pointwise(Factor("lokr_w2_a", swapped=True), groups=a), a * b)
             cost = c * d * r + c * r * r * taps + a * c * r + a * b * r
             return Program(first, last, partial(self._core_then_mix, c), cost=cost, width=max(a, c) * r)
-        down = lambda f: f["lokr_w2_b"].view(r, d, *geo.kernel)
-        plain = Pointwise(lambda f: f["lokr_w2_b"], groups=c) if geo.is_pointwise else Conv(down, groups=c)
-        last = self._window(Pointwise(lambda f: f["lokr_w2_a"], groups=a), a * b)
+        down = Factor("lokr_w2_b", shape=(r, d, *geo.kernel))
+        plain = Pointwise(Factor("lokr_w2_b"), groups=c) if geo.is_pointwise else Conv(down, groups=c)
+        last = self._window(Pointwise(Factor("lokr_w2_a"), groups=a), a * b)
         # slices of a few dozen channels run at about half the rate of wide matrix products
         cost = 2 * (c * d * taps * r + a * c * r + a * b * r)
-        return Program(plain, last, lambda geo, z, f: mix(z, self._w1(f)), cost=cost, width=max(a, c) * r)
+        return Program(plain, last, self._mixing(f), cost=cost, width=max(a, c) * r)
 
-    def _full_program(self, a: int, b: int, c: int, d: int, taps: int) -> Program:
+    def _mixing(self, f: Factors) -> Mix:
+        return Mix(Factor("lokr_w1", scaled=True) if "lokr_w1" in f else self._w1)
+
+    def _full_program(self, f: Factors, a: int, b: int, c: int, d: int, taps: int) -> Program:
         """w2 full: one operation on every slice, and a mixing of the slices before or after it, whichever is cheaper."""
         geo = self.geometry
-        flat = lambda f: f["lokr_w2"].flatten(1)
+        flat, mixing = Factor("lokr_w2"), self._mixing(f)
         before = a * c * d + a * b * d * taps
         after = c * b * d * taps + a * c * b
-        mixed = self._window(Mix(self._w1), a * b)
+        mixed = self._window(mixing, a * b)
         if geo.is_pointwise:
             if before <= after:
-                return Program(Mix(self._w1), self._window(Pointwise(flat, groups=a), a * b), cost=before, width=a * d)
+                return Program(mixing, self._window(Pointwise(flat, groups=a), a * b), cost=before, width=a * d)
             return Program(Pointwise(flat, groups=c), mixed, cost=after, width=c * b)
-        return Program(Conv(lambda f: f["lokr_w2"], groups=c), mixed, cost=after, width=c * b)
+        return Program(Conv(Factor("lokr_w2", shape=(b, d, *geo.kernel)), groups=c), mixed, cost=after, width=c * b)
 
     def _core_then_mix(self, c: int, geo: Geometry, z: Tensor, f: Factors) -> Tensor:
         core = squeeze_core(f["lokr_t2"], geo).transpose(0, 1).contiguous().transpose(0, 1)

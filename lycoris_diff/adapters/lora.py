@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..execution.geometry import Geometry
-from ..execution.steps import Conv, Factors, Pointwise, Program
+from ..execution.steps import Conv, Factor, Factors, Pointwise, Program
 from ..functional import lora
 from .base import Adapter, Site, fill, magnitude_shape, register
 from .config import ScaledConfig
@@ -137,10 +137,10 @@ class Lora(Adapter):
         geo, r = self.geometry, self.config.r
         if geo.groups > 1:
             return None
-        last = Pointwise(lambda f: f[_B].flatten(1) * f["scale"])
+        last = Pointwise(Factor(_B, scaled=True))
         taps = geo.columns // geo.inp
         if _M in f:
-            first = Pointwise(lambda f: f[_A].flatten(1))
+            first = Pointwise(Factor(_A))
             return Program(
                 first,
                 last,
@@ -148,15 +148,11 @@ class Lora(Adapter):
                 cost=r * (geo.inp + geo.out + r * taps),
                 width=r,
             )
-        plain = Pointwise(lambda f: f[_A].flatten(1)) if geo.is_pointwise else Conv(lambda f: f[_A])
+        plain = Pointwise(Factor(_A)) if geo.is_pointwise else Conv(Factor(_A, shape=(r, *geo.shape[1:])))
         return Program(plain, last, cost=r * (geo.columns + geo.out), width=r)
 
-    def row_statistics(self, base: Tensor, f: Factors) -> tuple[Tensor, Tensor] | None:
-        if _M in f:
-            return None
-        up, down = (f[_B].flatten(1) * f["scale"]).to(base.dtype), f[_A].flatten(1).to(base.dtype)
-        inner = ((base.flatten(1) @ down.T) * up).sum(1)
-        return inner, ((up @ (down @ down.T)) * up).sum(1)
+    def product(self, f: Factors) -> tuple[Tensor, Tensor] | None:
+        return None if _M in f else (f[_B].flatten(1) * f["scale"], f[_A].flatten(1))
 
 
 def _magnitude_shape(geometry: Geometry, axis: str) -> tuple[int, ...]:

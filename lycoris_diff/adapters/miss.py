@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..execution.geometry import Geometry
-from ..execution.steps import Conv, Factors, Pointwise, Program, Shards, Step, Tile
+from ..execution.steps import Conv, Factor, Factors, Pointwise, Program, Shards, Step, Tile
 from ..functional import miss
 from .base import Adapter, Site, fill, register
 from .config import AdapterConfig
@@ -95,6 +95,11 @@ class Miss(Adapter):
     def change(self, base: Tensor, f: Factors) -> Tensor:
         return miss.bat(base.flatten(1), f["miss_block"].to(base.dtype)).view(base.shape)
 
+    def packed_gap(self) -> str:
+        # W[a, b] @ B[a]: another map of the input for every block of rows
+        gap = 'MiSS "bat" multiplies every block of the weight by a matrix of its own'
+        return gap if self.depends_on_weight else ""
+
     def program(self, f: Factors) -> Program | None:
         geo = self.geometry
         if self.depends_on_weight or geo.groups > 1:
@@ -102,12 +107,10 @@ class Miss(Adapter):
         r, s = f["miss_block"].shape[:2]
         cost = r * s * (geo.columns // geo.inp) + geo.inp
 
-        def block(f: Factors) -> Tensor:
-            """``(s, r, *k)`` with the scale: the weight of a layer from shards to block columns."""
-            return (f["miss_block"] * f["scale"]).transpose(0, 1)
-
-        wide: Step = Pointwise(lambda f: block(f).flatten(1)) if geo.is_pointwise else Conv(block)
+        # the weight of a layer from shards to block columns
+        shape = (s, r) if geo.is_pointwise else (s, r, *geo.kernel)
+        block = Factor("miss_block", scaled=True, swapped=True, shape=shape)
+        wide: Step = Pointwise(block) if geo.is_pointwise else Conv(block)
         if s == geo.out:
             return Program(Shards(None, r), wide, cost=cost, width=r)
-        narrow = lambda geo, z, f: wide.apply(geo, z, wide.weight(f))  # type: ignore[misc]
-        return Program(Shards(None, r), Tile(None, geo.out // s), narrow, cost=cost, width=max(r, s))
+        return Program(Shards(None, r), Tile(None, geo.out // s), wide, cost=cost, width=max(r, s))

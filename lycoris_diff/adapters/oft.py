@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError
+from ..execution.around import Around, Host, pointwise_input
 from ..execution.geometry import Geometry
 from ..execution.steps import Factors
 from ..functional import oft
@@ -95,11 +97,37 @@ class DiagOFT(Adapter):
         fill(self, {"oft_blocks": blocks, "rescale": nn.init.ones_})
 
     def change(self, base: Tensor, f: Factors) -> Tensor:
-        limit = self.config.constraint * self.geometry.out  # type: ignore[attr-defined]
-        turned = self._turn(base, oft.cayley(oft.skew(f["oft_blocks"].to(base.dtype), limit)))
+        turned = self._turn(base, self._rotation(f, base.dtype))
         if "rescale" in f:
             turned = turned * f["rescale"].to(base.dtype)
         return turned - base
+
+    def _rotation(self, f: Factors, dtype: torch.dtype) -> Tensor:
+        limit = self.config.constraint * self.geometry.out  # type: ignore[attr-defined]
+        return oft.cayley(oft.skew(f["oft_blocks"].to(dtype), limit))
+
+    def packed_gap(self) -> str:
+        return ""
+
+    def packed_form(self, f: Factors, host: Host) -> Around:
+        blocks = f["oft_blocks"]
+        rotation = self._rotation(f, torch.promote_types(blocks.dtype, torch.float32))
+
+        def turned(y: Tensor) -> Tensor:
+            last = y.movedim(1, -1)
+            flat = last.flatten(0, -2)
+            change = self._turn_outputs(flat, rotation)
+            if "rescale" in f:
+                rescale = f["rescale"].flatten()
+                change = change * rescale.to(y.dtype) + flat * (rescale - 1).to(y.dtype)
+            return change.view(last.shape).movedim(-1, 1)
+
+        return Around(after=turned)
+
+    def _turn_outputs(self, y: Tensor, rotation: Tensor) -> Tensor:
+        """What turning adds to outputs ``(n, out)``."""
+        less = rotation.mT - torch.eye(rotation.shape[-1], dtype=rotation.dtype, device=rotation.device)
+        return oft.rotate_columns(y, less.to(y.dtype))
 
     def _turn(self, base: Tensor, rotation: Tensor) -> Tensor:
         return oft.rotate_rows(base, rotation)
@@ -203,15 +231,33 @@ class OFT(Adapter):
         fill(self, {self.factor_names[0]: start})
 
     def change(self, base: Tensor, f: Factors) -> Tensor:
+        rotation = self._rotation(f, base.dtype)
+        return oft.rotate_columns(base.flatten(1), rotation).view(base.shape) - base
+
+    def packed_gap(self) -> str:
+        return "" if pointwise_input(self.geometry) else "PEFT's OFT turns the taps of a kernel with the channels"
+
+    def packed_form(self, f: Factors, host: Host) -> Around | None:
+        if not pointwise_input(self.geometry):
+            return None
+        rotation = self._rotation(f, torch.promote_types(f[self.factor_names[0]].dtype, torch.float32))
+        less = rotation.mT - torch.eye(rotation.shape[-1], dtype=rotation.dtype, device=rotation.device)
+
+        def turned(x: Tensor) -> Tensor:
+            last = x.movedim(1, -1)
+            return oft.rotate_columns(last.flatten(0, -2), less.to(x.dtype)).view(last.shape).movedim(-1, 1)
+
+        return Around(before=turned)
+
+    def _rotation(self, f: Factors, dtype: torch.dtype) -> Tensor:
         config: OFTConfig = self.config  # type: ignore[assignment]
-        entries = f[self.factor_names[0]].to(base.dtype)
+        entries = f[self.factor_names[0]].to(dtype)
         size = oft.triangle_size(entries.shape[1])
         if config.scaled:
             entries = entries / (2 * math.sqrt(size - 1))
         q = oft.skew_from_triangle(entries, size)
         # PEFT's exact rotation turns the other way than its series
-        rotation = oft.neumann(q, config.num_cayley_neumann_terms) if config.use_cayley_neumann else oft.cayley(-q)
-        return oft.rotate_columns(base.flatten(1), rotation).view(base.shape) - base
+        return oft.neumann(q, config.num_cayley_neumann_terms) if config.use_cayley_neumann else oft.cayley(-q)
 
 
 def check_names(cls: type[Adapter], shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import AdapterError, CheckpointError, ConfigError
 from ..execution.geometry import Geometry, is_transformers_conv1d
-from ..execution.steps import Factors, Pattern, Program, Sparse
+from ..execution.steps import Factor, Factors, Pattern, Program, Sparse
 from ..functional import shira
 from .base import Adapter, Site, expect_shapes, register
 from .config import AdapterConfig
@@ -149,7 +149,7 @@ class Shira(Adapter):
     def _from_mask(self, mask_fn: MaskFunction, site: Site) -> Tensor:
         config: ShiraConfig = self.config  # type: ignore[assignment]
         offered = {"random_seed": config.random_seed, "adapter_name": site.adapter_name, "layer_name": site.path}
-        expected: Any = site.layer.weight.shape
+        expected = self.geometry.shape[::-1] if self.geometry.transposed else self.geometry.shape  # also of packed weights
         mask = mask_fn(site.layer, config.r, **_accepted(mask_fn, offered))
         if not isinstance(mask, Tensor) or mask.shape != expected:
             shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
@@ -170,7 +170,7 @@ class Shira(Adapter):
             return None
         # measured: an entry costs a sparse kernel about eight multiply-adds, twelve in the sampled gradient, and every
         # transposed copy and addition several passes, which `width` stands for
-        last = Sparse(lambda f: f["shira_weight"] * f["scale"], self._pattern())
+        last = Sparse(Factor("shira_weight", scaled=True), self._pattern())
         count, width = values.numel(), (5 * geo.inp + 3 * geo.out) // 2
         return Program(None, last, cost=8 * count, width=width, sampled_cost=12 * count, eager_only=True)
 

@@ -69,6 +69,9 @@ class TLora(Adapter):
         """Kernel axes of size one, which LyCORIS writes for convolutions, are dropped."""
         return {k: v.flatten(1) if v.dim() > 2 else v for k, v in tensors.items()}
 
+    def packed_gap(self) -> str:
+        return "T-LoRA starts from the singular vectors of the weight, and rounding has moved them"
+
     def reset(self, site: Site) -> None:
         self._start = self._singular(site.weight())
         with torch.no_grad():

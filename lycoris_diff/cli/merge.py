@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from ..errors import AdapterError
+from ..merging import RequantizeReport
 from .pipelines import add_pipeline_arguments, load_adapters, load_pipeline, show, summary
 from .quiet import quiet_libraries
 
@@ -33,6 +34,12 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     add_pipeline_arguments(parser, adapter_required=True)
     parser.add_argument("--out", required=True, metavar="DIR", help="directory to write; must be empty or absent")
+    parser.add_argument(
+        "--requantize",
+        action="store_true",
+        help="round quantized weights anew by their own scheme, which loses part of the change, and say how much; without it "
+        "they are refused",
+    )
     parser.set_defaults(run=run)
 
 
@@ -50,14 +57,23 @@ def run(args: argparse.Namespace) -> int:
         progress.update(task, description="loading adapters")
         reports = load_adapters(pipe, args.adapter, strict=not args.no_strict)
         progress.update(task, description="merging")
-        modules = merge_adapters(pipe, progress=lambda done, total: progress.update(task, completed=done, total=total))
+        lost: list[RequantizeReport] = []
+        modules = merge_adapters(
+            pipe,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+            requantize=lost.append if args.requantize else False,
+        )
         progress.update(task, description="saving", total=None)
         save_whole(pipe, out)
     if args.json:
-        print(json.dumps({"out": str(out), "modules": modules, "adapters": [summary(r) for r in reports]}, indent=2))
+        values = {"out": str(out), "modules": modules, "adapters": [summary(r) for r in reports]}
+        values |= {"requantized": lost[0].to_dict()} if lost else {}
+        print(json.dumps(values, indent=2))
     else:
         show(reports)
         print(f"{modules} modules changed; the pipeline is in {out}")
+        for report in lost:
+            print(report)
     return 0
 
 

@@ -11,8 +11,7 @@ from torch import nn
 from ..errors import AdapterError
 from ..injection import state_of, unwrap
 from ..layers.layer import AdaptedLayer
-from ..layers.snapshot import write
-from ..merging import mergeable_layers
+from ..merging import Requantize, allow_rounding, mergeable_layers, report_losses
 from .beside_peft import MODEL_METHODS, PIPELINE_METHODS, unguard
 from .components import chosen_models, forget, forget_unscaled, known_adapter, layers_of, models_of, unscaled
 from .offload import regroup, weights_at_hand
@@ -24,6 +23,7 @@ def fuse_adapters(
     safe: bool = True,
     components: Iterable[str] | None = None,
     scale: float = 1.0,
+    requantize: Requantize = False,
 ) -> list[str]:
     """Write adapters into the weights until `unfuse_adapters`; the original weights are kept in host memory meanwhile.
 
@@ -33,6 +33,8 @@ def fuse_adapters(
         safe: refuse a result that is not finite.
         components: only these.
         scale: multiplies the weights of the adapters while they are fused.
+        requantize: round quantized weights anew by their own scheme, which loses part of the change: True prints how much, a
+            function is called with the `RequantizeReport`. False refuses them.
 
     Returns:
         Names of the adapters that are now in some weights. While adapters are disabled nothing is written; enabling them does.
@@ -49,10 +51,8 @@ def fuse_adapters(
         scaled = [(m, _scale(m, chosen.get(id(m), []), scale)) for m in models.values()]
         done: list[tuple[AdaptedLayer, tuple[str, ...]]] = []
         try:
-            work = [
-                (layer, chosen[id(m)]) for m in models.values() for layer in mergeable_layers(m, chosen.get(id(m), []), safe)
-            ]
-            for layer, own in work:
+            work = _work(models, chosen, safe, requantize)
+            for _, layer, own in work:
                 done.append((layer, layer.held))
                 layer.merge(dict.fromkeys((*layer.held, *own)))
         except BaseException:
@@ -61,6 +61,7 @@ def fuse_adapters(
             for model, pairs in scaled:
                 _unscale(model, pairs)
             raise
+    report_losses(requantize, [(path, layer) for path, layer, _ in work])
     return fused_adapters(pipe)
 
 
@@ -83,7 +84,11 @@ def fused_adapters(pipe: Any) -> list[str]:
 
 
 def merge_adapters(
-    pipe: Any, names: Sequence[str] | str | None = None, safe: bool = True, progress: Callable[[int, int], None] | None = None
+    pipe: Any,
+    names: Sequence[str] | str | None = None,
+    safe: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+    requantize: Requantize = False,
 ) -> int:
     """Write adapters into the weights for good and remove all adapters; nothing is kept to undo it.
 
@@ -92,6 +97,7 @@ def merge_adapters(
         names: which; the active ones by default.
         safe: refuse a result that is not finite.
         progress: called with the number of modules written and of all.
+        requantize: as in `fuse_adapters`.
 
     Returns:
         Number of modules whose weights have changed.
@@ -103,11 +109,12 @@ def merge_adapters(
     chosen = _names(pipe, names)
     with weights_at_hand(models.values()):
         unfuse_adapters(pipe)
-        work = _work(models, chosen, safe)
-        for count, (layer, own) in enumerate(work, 1):
-            write(layer.base_layer, layer.merged_tensors(own))
+        work = _work(models, chosen, safe, requantize)
+        for count, (_, layer, own) in enumerate(work, 1):
+            layer.merge_for_good(own)
             if progress is not None:
                 progress(count, len(work))
+        report_losses(requantize, [(path, layer) for path, layer, _ in work])
         remove_all(pipe, models)
     return len(work)
 
@@ -138,10 +145,17 @@ def _names(pipe: Any, names: Sequence[str] | str | None) -> dict[int, list[str]]
     return found
 
 
-def _work(models: dict[str, nn.Module], chosen: dict[int, list[str]], safe: bool) -> list[tuple[AdaptedLayer, list[str]]]:
-    """Layers to write into with their adapters, every one of them checked."""
-    pairs = [(model, names) for model in models.values() if (names := chosen.get(id(model), []))]
-    return [(layer, names) for model, names in pairs for layer in mergeable_layers(model, names, safe)]
+def _work(
+    models: dict[str, nn.Module], chosen: dict[int, list[str]], safe: bool, requantize: Requantize
+) -> list[tuple[str, AdaptedLayer, list[str]]]:
+    """Layers to write into with their paths and adapters, every one of them checked, and allowed to round if that is wanted."""
+    found = []
+    for component, model in models.items():
+        names = chosen.get(id(model), [])
+        for path, layer in mergeable_layers(model, names, safe, requantize) if names else ():
+            found.append((f"{component}.{path}", layer, names))
+    allow_rounding([layer for _, layer, _ in found], requantize)
+    return found
 
 
 def _scale(model: nn.Module, names: list[str], scale: float) -> list[tuple[AdaptedLayer, str]]:

@@ -12,6 +12,7 @@ import torch
 
 from ..errors import AdapterError
 from ..files import DIFFUSERS_NAME
+from ..merging import Requantize
 from .beside_peft import all_aside, has_peft
 from .components import adapter_names, layers_of, models_of
 from .fusing import fuse_adapters, fused_adapters, unfuse_adapters
@@ -159,13 +160,14 @@ class LycorisLoaderMixin:
         lora_scale: float = 1.0,
         safe_fusing: bool = True,
         adapter_names: Sequence[str] | str | None = None,
+        requantize: Requantize = False,
         **kwargs: Any,
     ) -> None:
-        """`fuse_adapters`; a result that is not finite is refused by default."""
+        """`fuse_adapters`; a result that is not finite is refused by default, and so is rounding quantized weights anew."""
         chosen = None if components is None else [c for c in components if c in models_of(self)]
         own, foreign = self._sorted([adapter_names] if isinstance(adapter_names, str) else list(adapter_names or []))
         if own or (adapter_names is None and active_adapters(self)):
-            fuse_adapters(self, own or None, safe_fusing, chosen, lora_scale)
+            fuse_adapters(self, own or None, safe_fusing, chosen, lora_scale, requantize)
         if foreign or adapter_names is None:
             parts = chosen or list(models_of(self))
             self._peft("fuse_lora", parts, lora_scale, safe_fusing, foreign or None, **kwargs)

@@ -20,9 +20,9 @@ from ..checkpoints.parse import raw_from_tensors, read_raw
 from ..checkpoints.place import place
 from ..checkpoints.safety import computable, extreme
 from ..errors import AdapterError, CheckpointError
-from ..execution.geometry import geometry_of
+from ..execution.geometry import geometry_of, is_plain_weight
 from ..execution.norms import norm_geometry_of
-from ..injection import base_weight
+from ..injection import base_weight, check_packed
 from ..naming import BASES, NameIndex, index_model, known_base
 from ..targets import Target
 from .components import chosen_models, models_of, places
@@ -203,9 +203,11 @@ def _settle(adapter: Adapter, model: nn.Module, target: Target) -> float | None:
     Raises:
         AdapterError: it needs a weight that is packed or quantized.
     """
+    check_packed(target, adapter)
     weight = partial(base_weight, model, target)
     adapter.settle(weight)
-    return change_norm(adapter, weight() if adapter.depends_on_weight else None)
+    known = adapter.depends_on_weight and is_plain_weight(getattr(target.layer, "weight", None))
+    return change_norm(adapter, weight() if known else None)
 
 
 def _unusable(entries: Sequence[Entry], dtype: torch.dtype) -> str:

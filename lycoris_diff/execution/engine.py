@@ -186,12 +186,21 @@ def _backward(call: Call, x, weight, tensors, kept, needs, grad):
     wanted = needs[4:]
     with torch.enable_grad():
         held = [t.detach().requires_grad_() if n else t for t, n in zip(tensors, wanted)]
-        beside = call.beside(held)
     leaves = [t for t, n in zip(held, wanted) if n]
     total: list[Tensor | None] = [None] * len(leaves)
     pushes = []
-    for (program, f), z in zip(beside, kept):
-        grads, gz = program.backward(geo, x, z, f, leaves, grad, needs[0])
+    running = [(term.program, own) for term, own in call.split(held) if term.program is not None]
+    for (program, own), z in zip(running, kept):
+        names = [name for name, t in own.items() if t.requires_grad]
+        if program.direct and "scale" not in names:
+            f = cast({name: t.detach() for name, t in own.items()}, call.dtype)
+            by_name, gz = program.backward_direct(geo, x, z, f, names, grad, needs[0])
+            at = {id(own[name]): g.to(own[name].dtype) for name, g in by_name.items()}
+            grads: list[Tensor | None] = [at.get(id(leaf)) for leaf in leaves]
+        else:
+            with torch.enable_grad():
+                f = cast(own, call.dtype)
+            grads, gz = program.backward(geo, x, z, f, leaves, grad, needs[0])
         total = add_gradients(total, grads)
         pushes.append((program, f, gz))
     effective, whole = weight.to(call.dtype), False

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -21,6 +21,35 @@ from .geometry import Geometry, mix
 
 Factors = Mapping[str, Tensor]
 Build = Callable[[Factors], Tensor]
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A step's weight that is one factor seen in another shape, perhaps times the scale; its gradient needs no graph.
+
+    Attributes:
+        name: of the factor.
+        scaled: times the scale.
+        swapped: its first two axes change places.
+        shape: of the weight after that; None makes it two-dimensional.
+    """
+
+    name: str
+    scaled: bool = False
+    swapped: bool = False
+    shape: tuple[int, ...] | None = None
+
+    def __call__(self, f: Factors) -> Tensor:
+        """The weight."""
+        t = f[self.name] * f["scale"] if self.scaled else f[self.name]
+        t = t.transpose(0, 1) if self.swapped else t
+        return t.reshape(self.shape) if self.shape is not None else t.flatten(1) if t.dim() > 2 else t
+
+    def pull(self, f: Factors, grad: Tensor) -> Tensor:
+        """Gradient of the factor from that of the weight."""
+        t = f[self.name]
+        grad = grad.reshape(t.transpose(0, 1).shape).transpose(0, 1) if self.swapped else grad.reshape(t.shape)
+        return grad * f["scale"] if self.scaled else grad
 
 
 @dataclass(frozen=True)
@@ -108,7 +137,7 @@ class Mix(Step):
     def weight_grad(self, geo: Geometry, x: Tensor, w: Any, grad: Tensor) -> Tensor:
         a, c = w.shape
         batch, size = x.shape[0], x.shape[1] // c * prod(x.shape[2:])
-        return torch.einsum("naq,ncq->ac", grad.reshape(batch, a, size), x.reshape(batch, c, size))
+        return torch.tensordot(grad.reshape(batch, a, size), x.reshape(batch, c, size), ([0, 2], [0, 2]))
 
     def add_(self, geo: Geometry, y: Tensor, x: Tensor, w: Any) -> None:
         a, c = w.shape
@@ -278,7 +307,7 @@ class Program:
     Attributes:
         first: step on the layer's input; None for nothing (then there is no ``mid`` either).
         last: step that ends in the layer's output channels.
-        mid: anything differentiable in between, ``(geometry, z, factors) -> h``; None for nothing.
+        mid: a step in between, or anything differentiable, ``(geometry, z, factors) -> h``; None for nothing.
         cost: multiply-adds of one evaluation, per token (for the cost model).
         width: channels of the largest intermediate result, per token.
         sampled_cost: multiply-adds per token of the last step's weight gradient, for programs that are one sparse step.
@@ -287,7 +316,7 @@ class Program:
 
     first: Step | None
     last: Step
-    mid: Callable[[Geometry, Tensor, Factors], Tensor] | None = None
+    mid: Step | Callable[[Geometry, Tensor, Factors], Tensor] | None = None
     cost: int = 0
     width: int = 0
     sampled_cost: int | None = None
@@ -295,8 +324,7 @@ class Program:
 
     def run(self, geo: Geometry, x: Tensor, f: Factors) -> Tensor:
         """The adapter's output in plain differentiable operations."""
-        z = self.start(geo, x, f)
-        return self.last.apply(geo, z if self.mid is None else self.mid(geo, z, f), _built(self.last, f))
+        return self.last.apply(geo, self._between(geo, self.start(geo, x, f), f), _built(self.last, f))
 
     def start(self, geo: Geometry, x: Tensor, f: Factors) -> Tensor:
         """Output of the first step."""
@@ -304,7 +332,55 @@ class Program:
 
     def finish_(self, geo: Geometry, y: Tensor, z: Tensor, f: Factors) -> None:
         """``y += last(mid(z))`` in place; no graph is recorded."""
-        self.last.add_(geo, y, z if self.mid is None else self.mid(geo, z, f), _built(self.last, f))
+        self.last.add_(geo, y, self._between(geo, z, f), _built(self.last, f))
+
+    def _between(self, geo: Geometry, z: Tensor, f: Factors) -> Tensor:
+        if isinstance(self.mid, Step):
+            return self.mid.apply(geo, z, _built(self.mid, f))
+        return z if self.mid is None else self.mid(geo, z, f)
+
+    @property
+    def direct(self) -> bool:
+        """Whether every weight is a `Factor` or missing, so that `backward_direct` applies."""
+        steps = [step for step in (self.first, self.mid, self.last) if step is not None]
+        return all([isinstance(s, Step) and (s.weight is None or isinstance(s.weight, Factor)) for s in steps])
+
+    def backward_direct(
+        self, geo: Geometry, x: Tensor, z: Tensor | None, f: Factors, wanted: Container[str], grad: Tensor, of_input: bool
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """As `backward`, for programs that are `direct`; without a graph.
+
+        Args:
+            wanted: names of the factors whose gradients are wanted.
+
+        Returns:
+            Gradients by name in the dtype of the operation, and what `push_` takes.
+        """
+        found: dict[str, Tensor] = {}
+
+        def learn(step: Any, x: Tensor, w: Tensor | None, grad: Tensor) -> None:
+            if trains(step):
+                found[step.weight.name] = step.weight.pull(f, step.weight_grad(geo, x, w, grad))
+
+        def trains(step: Step | None) -> bool:
+            return step is not None and step.weight is not None and step.weight.name in wanted  # type: ignore[attr-defined]
+
+        if self.first is None:
+            learn(self.last, x, _built(self.last, f), grad)
+            return found, grad
+        z = self.start(geo, x, f) if z is None else z
+        mid: Any = self.mid
+        wm, wl = None if mid is None else _built(mid, f), _built(self.last, f)
+        h = z if mid is None else mid.apply(geo, z, wm)
+        learn(self.last, h, wl, grad)
+        if not (of_input or trains(self.first) or trains(mid)):
+            return found, None
+        gz = self.last.adjoint(geo, h, wl, grad)
+        if mid is not None:
+            learn(mid, z, wm, gz)
+            gz = mid.adjoint(geo, z, wm, gz)
+        learn(self.first, x, _built(self.first, f), gz)
+        return found, gz
 
     def backward(
         self, geo: Geometry, x: Tensor, z: Tensor | None, f: Factors, leaves: list[Tensor], grad: Tensor, of_input: bool
@@ -331,7 +407,7 @@ class Program:
         if self.mid is not None:
             with torch.enable_grad():
                 z = z.detach().requires_grad_()
-                h = self.mid(geo, z, f)
+                h = self._between(geo, z, f)
         hd, wld = h.detach(), _detached(wl)
         train_first, train_last = wf is not None and wf.requires_grad, wl is not None and wl.requires_grad
         # what autograd has to pull back to the leaves, in as few calls as there can be

@@ -14,12 +14,15 @@ from torch import Tensor, nn
 
 from ..adapters.base import Adapter
 from ..errors import AdapterError
+from ..execution.around import Around, Host, apply_around, run_around
 from ..execution.costs import Choice, choose
 from ..execution.engine import Call, Term, adapted, cast, changed_weight
 from ..execution.geometry import Geometry, is_plain_weight, is_transformers_conv1d
+from ..execution.packed import describe, rearranged
 from ..execution.steps import Program, Step
 from .frozen import Ready, forget, frozen, prepared, settled
 from .parts import bias_change, plus, row_factor
+from .rounded import PackedSnapshot, original, rounded, take, write_rounded
 from .samples import Samples
 from .snapshot import Snapshot, write
 
@@ -52,9 +55,17 @@ class AdaptedLayer(nn.Module):
         enabled: False runs the base layer alone.
         biased: some adapter changes the bias.
         samples: which adapters every sample of a batch runs with; None is the active ones for all.
+        path: in the model, for messages.
+        may_round: a packed (quantized) weight may be rounded anew to merge into it.
+        row_squares: squared row norms of a packed weight, ``(out,)``, once an adapter has needed them.
+        loss: what that lost in the last merge, relative to the change of the weight; None where nothing was rounded.
     """
 
     biased = False
+    path = ""
+    may_round = False
+    row_squares: Tensor | None = None  # no buffer: it stays in float32
+    loss: float | None = None
     samples: Samples | None = None
 
     def __init__(self, base_layer: nn.Module, geometry: Geometry) -> None:
@@ -66,7 +77,7 @@ class AdaptedLayer(nn.Module):
         self.enabled = True
         self.merged: tuple[str, ...] = ()
         self.suspended: tuple[str, ...] = ()
-        self.snapshot: Snapshot | None = None
+        self.snapshot: Snapshot | PackedSnapshot | None = None
         self.training = base_layer.training
 
     def __getattr__(self, name: str) -> Any:
@@ -144,8 +155,8 @@ class AdaptedLayer(nn.Module):
         weight: Any = getattr(self.base_layer, "weight", None)
         if not self.has_plain_weight:
             raise AdapterError(
-                f"{type(self.base_layer).__name__} does not hold its weight as a plain tensor (found "
-                f"{type(weight).__name__} {getattr(weight, 'dtype', None)}); adapters that need it, and merging, are refused"
+                f"{self.path!r} ({describe(self.base_layer)}) is packed (quantized): what is computed from the values of its "
+                "weight is refused. Use the unquantized model for it"
             )
         if weight.is_meta:
             with align_module_device(self.base_layer):  # offloaded: the hook brings it for as long as it is needed
@@ -239,8 +250,15 @@ class AdaptedLayer(nn.Module):
         dtype = compute_dtype(x)
         inner, lead = geo.enter(x.to(dtype))
         active, shift = self._apart(names, inner)
+        plain = self.has_plain_weight
         dense = [(a, f) for a, f, p in active if p is None and not (self.training and _masked(a))]
-        if dense and self._transparent() and self.has_plain_weight:
+        around = [] if plain else [(a, f) for a, f in dense if a.depends_on_weight]
+        if around:
+            host = self._packed_host(dtype, *args, **kwargs)
+            members = [(self._form(a, f, host), f["strength"]) for a, f in around]
+            y = geo.leave(run_around(members, inner, host).contiguous(), lead)
+            active = [(a, f, p) for a, f, p in active if all(a is not d for d, _ in around)]
+        elif dense and self._transparent() and plain:
             base: Any = self.base_layer
             weight, bias = geo.canonical(base.weight), base.bias
             bias, shift = plus(bias, shift), None
@@ -248,10 +266,49 @@ class AdaptedLayer(nn.Module):
             y = geo.leave(y, lead)
             active = [(a, f, p) for a, f, p in active if all(a is not d for d, _ in dense)]
         else:
-            y = self.base_layer(x, *args, **kwargs)
+            y = self._host(x, *args, **kwargs)
         for adapter, f, program in active:
             y = y + geo.leave(self._beside(adapter, f, program, inner), lead).to(y.dtype)
         return y if shift is None else y + shift.to(y.dtype).view(-1, *[1] * len(geo.kernel))
+
+    def _host(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer itself.
+
+        Raises:
+            AdapterError: a quantized layer gives no gradient of its input; what comes before it would train on a wrong one.
+        """
+        watched = torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling()
+        if not watched or self.has_plain_weight:
+            return self.base_layer(x, *args, **kwargs)
+        y = None if rearranged(self.base_layer) else self.base_layer(x, *args, **kwargs)
+        if y is None or not y.requires_grad:
+            raise AdapterError(
+                f"{self.path!r} ({describe(self.base_layer)}) gives no gradient of its input, so nothing before it can train. "
+                "Quantize it weight-only, and keep bitsandbytes layers on the CPU in train mode (calls in eval mode rearrange "
+                "them for inference); without training, call the model under torch.no_grad()"
+            )
+        return y
+
+    def _packed_host(self, dtype: torch.dtype, *args: Any, **kwargs: Any) -> Host:
+        """What changes that multiply the packed weight run around.
+
+        Raises:
+            AdapterError: the unmodified weight, against which they are taken, is not there.
+        """
+        if self.merged:
+            raise AdapterError(
+                f"{self.path!r} ({describe(self.base_layer)}) has {list(self.merged)} merged into it; adapters that multiply "
+                "its weight cannot run beside that. Merge them all, or unmerge (unfuse) first"
+            )
+        bias = self.base_layer._parameters.get("bias")
+        squares = None if self.row_squares is None else self.row_squares.to(self.base_layer.weight.device)  # type: ignore[arg-type]
+        return Host(lambda x: self._host(x, *args, **kwargs), bias, dtype, squares)
+
+    def _form(self, adapter: Adapter, f: dict[str, Tensor], host: Host) -> Around:
+        form = adapter.packed_form(f, host)
+        if form is None:  # refused when attached; the weight was packed afterwards
+            raise AdapterError(f"{self.path!r} ({describe(self.base_layer)}): {adapter.packed_gap() or 'quantize it first'}")
+        return form
 
     def _per_sample(self, samples: Samples, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer once for the whole batch, and every sample's own adapters beside it.
@@ -261,7 +318,7 @@ class AdaptedLayer(nn.Module):
         """
         if self.merged:
             raise AdapterError(f"{list(self.merged)} are merged into the weights of all samples; unmerge (unfuse) them first")
-        y = self.base_layer(x, *args, **kwargs)
+        y = self._host(x, *args, **kwargs)
         for names, rows in samples.rows(len(x), x.device):
             at_work = self._at_work(tuple([n for n in names if n in self.adapters]))
             if at_work:
@@ -297,6 +354,9 @@ class AdaptedLayer(nn.Module):
             x = F.dropout(x, _input_dropout(adapter))
         if program is not None:
             out = program.run(self.geometry, x, cast(f, x.dtype))
+        elif adapter.depends_on_weight and not self.has_plain_weight:
+            host = self._packed_host(x.dtype)
+            out = apply_around(self._form(adapter, f, host), f["strength"], x, host)
         else:
             out = self.geometry.apply(x, self._change(adapter, f).to(x.dtype))
         return self._row_mask(adapter, out) if self.training and _output_dropout(adapter) else out
@@ -305,7 +365,7 @@ class AdaptedLayer(nn.Module):
         """One adapter's change of the weight, canonical, in float32 or better where the base weight enters."""
         if not adapter.depends_on_weight:
             return adapter.delta(f)
-        weight = self.base_weight().detach()
+        weight = self.values()
         work = weight.to(torch.promote_types(weight.dtype, torch.float32))
         return adapter.add_change(torch.zeros_like(work), work, f)
 
@@ -372,17 +432,23 @@ class AdaptedLayer(nn.Module):
     @torch.no_grad()
     def merged_weight(self, names: Iterable[str]) -> Tensor:
         """The base weight with the named adapters' changes, summed in float32 or better and cast once; canonical."""
-        base = self.base_weight().detach()
+        base = self.values()
         dense = [(adapter, f) for adapter, f in self._exact_members(names, base) if adapter.changes_weight]
         return changed_weight(base, dense).to(base.dtype) if dense else base.clone()
 
     @torch.no_grad()
     def merged_bias(self, names: Iterable[str]) -> Tensor | None:
         """The base bias with the named adapters' changes, as `merged_weight`; None when there is neither."""
-        weight = self.base_weight()
+        weight = self.values()
         bias = self._original("bias", self.base_layer._parameters["bias"])
         total = plus(bias, bias_change(self._exact_members(names, weight)))
         return None if total is None else total.to(weight.dtype if bias is None else bias.dtype)
+
+    def values(self) -> Tensor:
+        """Unmodified canonical base weight; of a packed one the numbers it stands for, in float32."""
+        if self.has_plain_weight:
+            return self.base_weight().detach()
+        return self.geometry.canonical(original(self.base_layer, self.snapshot))
 
     def _exact_members(self, names: Iterable[str], base: Tensor) -> list[tuple[Adapter, dict[str, Tensor]]]:
         """Adapters whose strength is not zero with their stored factors, in the dtype for merging."""
@@ -410,6 +476,9 @@ class AdaptedLayer(nn.Module):
         """Write the named adapters into the base layer; the original is kept in host memory for `unmerge`.
 
         A suspended layer waits with it until `resume`.
+
+        Raises:
+            AdapterError: the weight is packed, and `may_round` does not allow to round it anew.
         """
         names = tuple(n for n in names if n in self.adapters)
         if not names:
@@ -418,16 +487,44 @@ class AdaptedLayer(nn.Module):
         if not self.enabled:
             self.suspended = names
             return
-        values = self.merged_tensors(names)
-        self.snapshot = Snapshot.take(self.base_layer, values, self.snapshot)
-        write(self.base_layer, values)
+        self._write(names, keep=True)
         self.merged = names
+
+    def merge_for_good(self, names: Iterable[str]) -> None:
+        """Write the named adapters into the base layer; nothing is kept to undo it. Raises as `merge`."""
+        self._write(tuple(names), keep=False)
+
+    def _write(self, names: tuple[str, ...], keep: bool) -> None:
+        if not self.has_plain_weight:
+            self._write_rounded(names, keep)
+            return
+        values = self.merged_tensors(names)
+        if keep:
+            assert not isinstance(self.snapshot, PackedSnapshot)
+            self.snapshot = Snapshot.take(self.base_layer, values, self.snapshot)
+        write(self.base_layer, values)
+
+    def _write_rounded(self, names: tuple[str, ...], keep: bool) -> None:
+        if not self.may_round:
+            raise AdapterError(
+                f"{self.path!r} ({describe(self.base_layer)}) has a packed weight; merging rounds the change away in part and "
+                "must be asked for: requantize=True"
+            )
+        values = self.merged_tensors(names)
+        wanted: Any = values["weight"]
+        fresh, loss = rounded(self.base_layer, wanted, self.snapshot)
+        if keep:
+            self.snapshot = take(self.base_layer, values, self.snapshot)
+        if fresh is None and isinstance(self.snapshot, PackedSnapshot):
+            self.snapshot.restore(self.base_layer)
+        write_rounded(self.base_layer, fresh, values)
+        self.loss = loss
 
     def unmerge(self) -> None:
         """Put the original weight and bias back, bit for bit."""
         if self.snapshot is not None:
             self.snapshot.restore(self.base_layer)
-        self.snapshot, self.merged, self.suspended = None, (), ()
+        self.snapshot, self.merged, self.suspended, self.loss = None, (), (), None
 
     def suspend(self) -> None:
         """Be exactly the base layer until `resume`; merged adapters are taken out meanwhile."""

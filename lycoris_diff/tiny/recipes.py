@@ -57,7 +57,7 @@ RECIPES: dict[str, Recipe] = {
     "lokr": Recipe("LoKr", LoKrConfig, {"r": 16, "alpha": 16, "use_effective_conv2d": True, "decompose_factor": 4}, 6e-3, True),
     "loha": Recipe("LoHa", LoHaConfig, {"r": 8, "alpha": 8, "use_effective_conv2d": True}, 6e-3, True),
     "miss": Recipe("MiSS", MissConfig, {"r": 8}, 2e-3),
-    "shira": Recipe("SHiRA", ShiraConfig, {"r": 8, "random_seed": 0}, 8e-3),
+    "shira": Recipe("SHiRA", ShiraConfig, {"r": 8, "random_seed": 0}, 5e-3),
     "lora": Recipe("LoRA", LoraConfig, {"r": 8, "lora_alpha": 8}, 3e-3),
     "dora": Recipe("DoRA", LoraConfig, {"r": 8, "lora_alpha": 8, "weight_decompose": True}, 3e-3),
     "oft": Recipe("OFT", OFTConfig, {"oft_block_size": 8}, 2e-3),

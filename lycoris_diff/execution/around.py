@@ -1,0 +1,106 @@
+"""Changes that multiply a weight, run around a layer whose weight's values are not at hand.
+
+``change(W) x = W before(x) + after(W x) + beside(x)``: the layer's own operation is the only one that reads W.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .geometry import Geometry
+
+Map = Callable[[Tensor], Tensor]
+
+
+class Around(NamedTuple):
+    """Linear maps of canonical tensors (channels on axis 1); each may be missing.
+
+    Attributes:
+        before: of the input, ``(n, in, ...)`` to the same shape.
+        after: of the layer's output without its bias, ``(n, out, ...)`` to the same shape.
+        beside: from the input to an output of its own.
+    """
+
+    before: Map | None = None
+    after: Map | None = None
+    beside: Map | None = None
+
+
+class Host(NamedTuple):
+    """A layer with a packed weight.
+
+    Attributes:
+        run: the layer on a canonical input, with its bias.
+        bias: that bias, ``(out,)``, or None.
+        dtype: of the input.
+        row_squares: squared norm of every row of the weight, ``(out,)`` in float32; None where nothing has asked for it.
+    """
+
+    run: Map
+    bias: Tensor | None
+    dtype: torch.dtype
+    row_squares: Tensor | None = None
+
+    def without_bias(self, y: Tensor) -> Tensor:
+        """An output of `run` less the bias."""
+        return y if self.bias is None else y - self.bias.to(y.dtype).view(-1, *[1] * (y.dim() - 2))
+
+    def plain(self, x: Tensor) -> Tensor:
+        """The weight alone on a canonical input."""
+        return self.without_bias(self.run(x))
+
+
+def channels(x: Tensor, matrices: tuple[Tensor, ...]) -> Tensor:
+    """Matrices ``(p, d)`` on the channels one after the other: ``(n, d, *s) -> (n, p, *s)``."""
+    y = x.movedim(1, -1)
+    for matrix in matrices:
+        y = F.linear(y, matrix.to(x.dtype))
+    return y.movedim(-1, 1)
+
+
+def pointwise_input(geometry: Geometry) -> bool:
+    """Whether a map of the weight's flattened columns is one of the input's channels."""
+    return geometry.groups == 1 and not geometry.has_kernel
+
+
+def apply_around(member: Around, strength: Tensor, x: Tensor, host: Host) -> Tensor:
+    """What one change alone adds to the layer's output, on a canonical input, at its (0-d) strength."""
+    parts = []
+    if member.before is not None:
+        parts.append(host.plain(member.before(x)))
+    if member.after is not None:
+        parts.append(member.after(host.plain(x)))
+    if member.beside is not None:
+        parts.append(member.beside(x))
+    return sum(parts[1:], parts[0]) * strength.to(x.dtype)
+
+
+def run_around(members: list[tuple[Around, Tensor]], x: Tensor, host: Host) -> Tensor:
+    """The layer's output with the changes (pairs of a change and its strength), from as few runs of the layer as possible.
+
+    Changes of the input alone take one run, and so do changes of the output alone; both kinds together take two.
+    """
+    moved: Tensor | None = None
+    for member, strength in members:
+        if member.before is not None:
+            part = member.before(x) * strength.to(x.dtype)
+            moved = part if moved is None else moved + part
+    if all(member.after is None for member, _ in members):
+        y = host.run(x if moved is None else x + moved)
+    else:
+        y = host.run(x)
+        plain = host.without_bias(y)
+        for member, strength in members:
+            if member.after is not None:
+                y = y + member.after(plain) * strength.to(y.dtype)
+        if moved is not None:
+            y = y + host.plain(moved)
+    for member, strength in members:
+        if member.beside is not None:
+            y = y + (member.beside(x) * strength.to(x.dtype)).to(y.dtype)
+    return y
