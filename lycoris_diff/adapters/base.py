@@ -133,6 +133,11 @@ class Adapter(nn.Module):
         """The factored form with ``f["scale"]`` inside, or None when there is none for this layer."""
         return None
 
+    @property
+    def around_cost(self) -> int | None:
+        """Multiply-adds a token of the maps in `packed_form`; None where only a packed weight is run around."""
+        return None
+
     def packed_gap(self) -> str:
         """Why this cannot run on a layer whose weight is packed (quantized), "" when it can."""
         if self.decomposed:

@@ -73,6 +73,12 @@ class GLora(Adapter):
         core = f["glora_bm"].to(base.dtype) if "glora_bm" in f else None
         return f["scale"] * (glora.on_inputs(base, a1, a2) + lora.delta(b1, b2, core, tuple(base.shape)))
 
+    @property
+    def around_cost(self) -> int | None:
+        if self.packed_gap() or self.geometry.has_kernel:
+            return None
+        return self.config.r * (3 * self.geometry.inp + self.geometry.out)
+
     def packed_gap(self) -> str:
         return "GLoRA maps the channels of every group alike" if self.geometry.groups > 1 else ""
 

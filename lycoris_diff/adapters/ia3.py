@@ -68,6 +68,10 @@ class IA3(Adapter):
         groups = self.geometry.groups
         return (base.unflatten(0, (groups, -1)) * w.view(groups, 1, -1, *ones)).reshape(base.shape)
 
+    @property
+    def around_cost(self) -> int:
+        return self.factor_shapes["ia3_weight"][0] if self.config.on_input else self.geometry.out  # type: ignore[attr-defined]
+
     def packed_gap(self) -> str:
         return ""
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import Any, ClassVar
 
 import torch
@@ -105,6 +106,13 @@ class DiagOFT(Adapter):
     def _rotation(self, f: Factors, dtype: torch.dtype) -> Tensor:
         limit = self.config.constraint * self.geometry.out  # type: ignore[attr-defined]
         return oft.cayley(oft.skew(f["oft_blocks"].to(dtype), limit))
+
+    @property
+    def around_cost(self) -> int | None:
+        if self.geometry.groups > 1:  # a block of rows may see the inputs of two groups
+            return None
+        *stages, _, size, _ = self.factor_shapes["oft_blocks"]
+        return prod(stages) * self.geometry.out * size
 
     def packed_gap(self) -> str:
         return ""
@@ -233,6 +241,11 @@ class OFT(Adapter):
     def change(self, base: Tensor, f: Factors) -> Tensor:
         rotation = self._rotation(f, base.dtype)
         return oft.rotate_columns(base.flatten(1), rotation).view(base.shape) - base
+
+    @property
+    def around_cost(self) -> int | None:
+        size = oft.triangle_size(self.factor_shapes[self.factor_names[0]][1])
+        return self.geometry.inp * size if pointwise_input(self.geometry) else None
 
     def packed_gap(self) -> str:
         return "" if pointwise_input(self.geometry) else "PEFT's OFT turns the taps of a kernel with the channels"

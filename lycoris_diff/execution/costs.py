@@ -14,6 +14,22 @@ PASS = 16
 TRANSPOSE = 8 * PASS
 
 
+def around_is_cheaper(shape: tuple[int, ...], tokens: int, training: bool, cost: int) -> bool:
+    """Whether a change that multiplies the weight is better made on the layer's input or output than on the weight.
+
+    Args:
+        shape: canonical weight ``(out, in, *k)``.
+        tokens: positions the weight is applied to.
+        training: a gradient of the factors is needed.
+        cost: multiply-adds per token of the map of the input or the output.
+    """
+    size, wide = prod(shape), max(shape[0], shape[1])
+    build = 3 * PASS * size + cost * min(shape[0], shape[1])
+    if training:
+        return tokens * (4 * cost + 10 * PASS * wide) < 4 * build + tokens * size
+    return tokens * (cost + 4 * PASS * wide) < build
+
+
 @dataclass(frozen=True)
 class Choice:
     """How an adapter runs and what the model thinks of it.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..adapters.base import Adapter
 from ..errors import AdapterError
 from ..execution.around import Around, Host, apply_around, run_around
-from ..execution.costs import Choice, choose
+from ..execution.costs import Choice, around_is_cheaper, choose
 from ..execution.engine import Call, Term, adapted, cast, changed_weight
 from ..execution.geometry import Geometry, is_plain_weight, is_transformers_conv1d
 from ..execution.packed import describe, rearranged
@@ -183,7 +183,7 @@ class AdaptedLayer(nn.Module):
         names = self._at_work(names)
         if not names:
             return self.base_layer(x, *args, **kwargs)
-        if not torch.compiler.is_compiling() and self._fusable(names, x):
+        if not torch.compiler.is_compiling() and self._fusable(names, x) and not self._all_around(names, x):
             if not torch.is_autocast_enabled(x.device.type):
                 return self._fused(names, x)
             x = x.to(compute_dtype(x))
@@ -219,6 +219,20 @@ class AdaptedLayer(nn.Module):
             return False
         return x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)  # type: ignore[union-attr]
 
+    def _all_around(self, names: Sequence[str], x: Tensor) -> bool:
+        """Whether nothing but changes that are better made on the layer's input or output is to run."""
+        if any([self.adapter(n).around_cost is None for n in names]):
+            return False
+        inner, _ = self.geometry.enter(x)
+        return all([self._around(self.adapter(n), inner) for n in names])
+
+    def _around(self, adapter: Adapter, x: Tensor) -> bool:
+        cost = adapter.around_cost
+        if cost is None or adapter.pinned or self.geometry.edges or not self._transparent():
+            return False
+        training = torch.is_grad_enabled() and any([p.requires_grad for p in adapter.parameters()])
+        return around_is_cheaper(self.geometry.shape, self.geometry.tokens(x), training, cost)
+
     def _fused(self, names: Sequence[str], x: Tensor) -> Tensor:
         geo = self.geometry
         parameters: Any = self._modules["base_layer"]._parameters  # type: ignore[union-attr]
@@ -252,7 +266,7 @@ class AdaptedLayer(nn.Module):
         active, shift = self._apart(names, inner)
         plain = self.has_plain_weight
         dense = [(a, f) for a, f, p in active if p is None and not (self.training and _masked(a))]
-        around = [] if plain else [(a, f) for a, f in dense if a.depends_on_weight]
+        around = [(a, f) for a, f in dense if a.depends_on_weight and (not plain or self._around(a, inner))]
         if around:
             host = self._packed_host(dtype, *args, **kwargs)
             members = [(self._form(a, f, host), f["strength"]) for a, f in around]

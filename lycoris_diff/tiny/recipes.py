@@ -65,8 +65,8 @@ RECIPES: dict[str, Recipe] = {
     "boft": Recipe("BOFT", BOFTConfig, {"r": 8}, 1.5e-3),
     "glora": Recipe("GLoRA", GLoraConfig, {"r": 8, "alpha": 8}, 3e-3),
     "tlora": Recipe("T-LoRA", TLoraConfig, {"r": 8, "alpha": 8}, 3e-3),
-    "ia3": Recipe("(IA)³", IA3Config, {}, 3e-2, True),
-    "norm": Recipe("norms", NormConfig, {"target_modules": None}, 1e-2),
+    "ia3": Recipe("(IA)³", IA3Config, {}, 5e-2, True),
+    "norm": Recipe("norms", NormConfig, {"target_modules": None}, 4e-2),
     "full": Recipe("full weights", FullConfig, {}, 3e-4, True),
 }
 
