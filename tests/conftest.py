@@ -26,3 +26,9 @@ def _seeded():
     yield
     torch.set_default_dtype(dtype)
     torch.set_grad_enabled(True)
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """Layers of any size run as one operation of ours where they can, as large ones do."""
+    monkeypatch.setattr("lycoris_diff.layers.light.SMALL", 0)

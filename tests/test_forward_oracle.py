@@ -29,6 +29,8 @@ from torch import nn
 
 from lycoris_diff import AdapterModel, inject_adapter
 
+pytestmark = pytest.mark.usefixtures("fused")
+
 # Largest error over the largest expected value. Half precision: one rounding of the output, plus the base layer's own;
 # merged weights are rounded to the base dtype as well, and sum up over in * K products.
 FORWARD_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}

@@ -15,6 +15,8 @@ from torch import nn
 from lycoris_diff import AdapterError, LoKrConfig, LoraConfig
 from lycoris_diff.layers import frozen
 
+pytestmark = pytest.mark.usefixtures("fused")
+
 EVERY = {name: make for name, make in ALGORITHMS.items()} | {f"more-{k}": make for k, (make, _) in more_adapters.CASES.items()}
 
 

@@ -23,6 +23,8 @@ from cases import (
 from torch import nn
 from torch.func import functional_call
 
+pytestmark = pytest.mark.usefixtures("fused")
+
 
 def own_gradients(model, adapted, x, cotangent):
     x = x.detach().requires_grad_()

@@ -23,6 +23,8 @@ from cases import (
 from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
 
+pytestmark = pytest.mark.usefixtures("fused")
+
 
 @pytest.mark.parametrize(("algorithm", "layer"), pairs({k: LAYERS[k] for k in ("linear", "hf-conv1d", "conv2d-circular")}))
 @pytest.mark.parametrize("large", [False, True], ids=["small", "large"])

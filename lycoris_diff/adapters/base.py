@@ -75,6 +75,9 @@ class Adapter(nn.Module):
     #: targets for ``target_modules=None``; None takes the defaults for the model's architecture
     default_targets: ClassVar[str | None] = None
 
+    #: `program` depends on nothing but the shapes of the factors
+    keeps_program: ClassVar[bool] = True
+
     #: runs in every call even while off, so that switching it changes tensors only
     pinned: ClassVar[bool] = False
 

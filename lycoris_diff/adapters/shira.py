@@ -63,6 +63,7 @@ class Shira(Adapter):
     """Values ``shira_weight (n,)`` at ``shira_indices (2, n)`` (int32 row and column of the flattened weight)."""
 
     config_class = ShiraConfig
+    keeps_program = False  # the pattern belongs to the indices
     factor_names = ("shira_weight", "shira_indices")
     index_names = ("shira_indices",)
     _sorted: tuple[Any, Pattern] | None = None

@@ -19,6 +19,7 @@ from ..execution.geometry import is_transformers_conv1d
 from ..execution.packed import describe, rearranged
 from ..execution.steps import Program, Step
 from .frozen import Ready, frozen, prepared, settled
+from .light import Parts, is_small, light_parts, run_light
 from .mergeable import MergeableLayer
 from .parts import bias_change, plus, row_factor
 from .samples import Samples
@@ -60,7 +61,11 @@ class AdaptedLayer(MergeableLayer):
         names = self._at_work(names)
         if not names:
             return self.base_layer(x, *args, **kwargs)
-        if not torch.compiler.is_compiling() and self._fusable(names, x) and not self._all_around(names, x):
+        compiling = torch.compiler.is_compiling()
+        parts = None if compiling else light_parts(self, names, x, lambda: self._light(names, x))
+        if parts and not (self.training and any([_varied(adapter) for adapter, _ in parts])):
+            return run_light(self.geometry, self.base_layer(x, *args, **kwargs), x, parts)
+        if not compiling and self._fusable(names, x) and not self._all_around(names, x):
             if not torch.is_autocast_enabled(x.device.type):
                 return self._fused(names, x)
             x = x.to(compute_dtype(x))
@@ -95,6 +100,22 @@ class AdaptedLayer(MergeableLayer):
         if self.training and any([_masked(self.adapter(n)) for n in names]):
             return False
         return x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)  # type: ignore[union-attr]
+
+    def _light(self, names: Sequence[str], x: Tensor) -> Parts | None:
+        """The programs of adapters that run beside a small layer; None where it is not, or they do not."""
+        inner, _ = self.geometry.enter(x)
+        if not is_small(self.geometry, self.geometry.tokens(inner)) or self.biased or not self._fusable(names, x):
+            return None
+        parts: Parts = []
+        for adapter in [self.adapter(n) for n in names]:
+            f = adapter.inputs() if type(adapter).members is Adapter.members else {}
+            choice, program = self._choose(adapter, f, inner, True) if f else (None, None)
+            if program is None or choice is None or choice.mode != "beside":
+                return None
+            if adapter.depends_on_weight or not adapter.keeps_program:
+                return None
+            parts.append((adapter, program))
+        return parts
 
     def _all_around(self, names: Sequence[str], x: Tensor) -> bool:
         """Whether nothing but changes that are better made on the layer's input or output is to run."""
@@ -337,6 +358,11 @@ def _input_dropout(adapter: Adapter) -> float:
 def _output_dropout(adapter: Adapter) -> float:
     """Probability of dropping rows of the adapter's output."""
     return getattr(adapter.config, "rank_dropout", 0.0)
+
+
+def _varied(adapter: Adapter) -> bool:
+    """Whether chance decides, in training, what the adapter adds."""
+    return _masked(adapter) or bool(_module_dropout(adapter))
 
 
 def _masked(adapter: Adapter) -> bool:

@@ -16,6 +16,7 @@ from ..execution.engine import cast, changed_weight
 from ..execution.geometry import Geometry, is_plain_weight
 from ..execution.packed import describe
 from .frozen import forget
+from .light import drop_parts
 from .parts import bias_change, plus
 from .rounded import PackedSnapshot, original, rounded, take, write_rounded
 from .snapshot import Snapshot, write
@@ -64,9 +65,13 @@ class MergeableLayer(nn.Module):
             return getattr(super().__getattr__("base_layer"), name)
 
     def _apply(self, fn: Any, recurse: bool = True) -> MergeableLayer:
-        forget(self)  # nothing stays behind on a device that the model leaves
+        self._forget()  # nothing stays behind on a device that the model leaves
         super()._apply(fn, recurse)
         return self
+
+    def _forget(self) -> None:
+        forget(self)
+        drop_parts(self)
 
     # --- settings by adapter name ------------------------------------------------------------------------------------
     @property
@@ -104,12 +109,13 @@ class MergeableLayer(nn.Module):
     def add(self, name: str, adapter: Adapter) -> None:
         """Take an adapter in; it is not active yet."""
         self.adapters[name] = adapter
+        self._forget()
         self.biased = self.biased or adapter.changes_bias
 
     def remove(self, name: str) -> None:
         """Take an adapter out that is not merged."""
         del self.adapters[name]
-        forget(self)
+        self._forget()
         self.active = tuple(n for n in self.active if n != name)
         self.suspended = tuple(n for n in self.suspended if n != name)
         self.biased = any(adapter.changes_bias for _, adapter in self.named_adapters())

@@ -1,0 +1,56 @@
+"""Small layers in training: where the calls around an operation cost more than its passes over memory.
+
+There the fused operation, whose backward is Python, is slower than the plain operations that it saves: autograd runs those by
+itself. What is kept for backward is the same input, and small things beside it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.base import Adapter
+from ..execution.engine import cast
+from ..execution.geometry import Geometry
+from ..execution.steps import Program
+
+#: numbers in the layer's input and output, together, up to which it is small: the fused operation saves passes over them, a
+#: tenth of a millisecond for so many, and spends that on calls
+SMALL = 2**17
+
+Parts = list[tuple[Adapter, Program]]
+_PARTS: weakref.WeakKeyDictionary[nn.Module, dict[object, Parts | None]] = weakref.WeakKeyDictionary()
+
+
+def light_parts(layer: nn.Module, names: tuple[str, ...], x: Tensor, find: Callable[[], Parts | None]) -> Parts | None:
+    """What `find` returns for an input like this, remembered; None where no graph is recorded or autocast decides the dtype."""
+    if not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+        return None
+    known = _PARTS.get(layer)
+    if known is None or len(known) > 64:
+        known = _PARTS[layer] = {}
+    key = names, x.shape, x.dtype, layer.training
+    if key not in known:
+        known[key] = find()
+    return known[key]
+
+
+def is_small(geometry: Geometry, tokens: int) -> bool:
+    """Whether calls outweigh passes."""
+    return tokens * (geometry.inp * geometry.groups + geometry.out) <= SMALL
+
+
+def run_light(geometry: Geometry, y: Tensor, x: Tensor, parts: Sequence[tuple[Adapter, Program]]) -> Tensor:
+    """The base layer's output ``y`` and every adapter's own; ``x`` is the layer's input."""
+    inner, lead = geometry.enter(x)
+    for adapter, program in parts:
+        y = y + geometry.leave(program.run(geometry, inner, cast(adapter.inputs(), x.dtype)), lead)
+    return y
+
+
+def drop_parts(layer: nn.Module) -> None:
+    """Forget what was found for a layer."""
+    _PARTS.pop(layer, None)

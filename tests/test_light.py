@@ -1,0 +1,183 @@
+"""Small layers in training: plain operations instead of the fused one, with the same output and gradients."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from cases import ALGORITHMS, Holder, adapt, make_input, make_layer
+from test_around import results
+from test_per_sample import filled
+from torch import nn
+
+from lycoris_diff import LoKrConfig, LoraConfig, inject_adapter
+from lycoris_diff.execution import engine
+from lycoris_diff.layers import light
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """How often each way was taken."""
+    counts = {"light": 0, "fused": 0}
+
+    def counted(name, module, function):
+        real = getattr(module, function)
+
+        def run(*args):
+            counts[name] += 1
+            return real(*args)
+
+        return run
+
+    from lycoris_diff.layers import layer
+
+    monkeypatch.setattr(layer, "run_light", counted("light", light, "run_light"))
+    monkeypatch.setattr(layer, "adapted", counted("fused", engine, "adapted"))
+    return counts
+
+
+LIGHT = ("lora", "lokr", "loha", "miss-odd", "miss-mini", "lora-tucker", "lokr-tucker", "loha-tucker")
+
+
+@pytest.mark.parametrize("layer", ["linear", "conv1d-zeros", "conv2d-zeros", "conv2d-all-at-once", "conv3d-zeros", "hf-conv1d"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_same_function(algorithm, layer, ran, monkeypatch):
+    model, adapted = adapt(make_layer(layer), ALGORITHMS[algorithm](), "a")
+    model.set_adapter("a")
+    model.add_adapter("b", LoKrConfig(r=2, target_modules=["layer"]))
+    model.set_adapter(["a", "b"])
+    filled(model, 0.3)
+    model.set_scale("a", 0.7)
+    x = make_input(adapted.base_layer)
+    found = results(model, x)
+    if layer == "linear" and algorithm in LIGHT:
+        assert ran == {"light": 1, "fused": 0}
+    monkeypatch.setattr(light, "SMALL", 0)
+    light.drop_parts(adapted)
+    torch.testing.assert_close(found, results(model, x), rtol=1e-10, atol=1e-10)
+    assert ran["light"] <= 1
+
+
+def layer_with(config=None, width=64, dtype=torch.float32):
+    model = Holder(nn.Linear(width, width).to(dtype)).requires_grad_(False)
+    inject_adapter(model, config or LoraConfig(r=4, target_modules=["layer"]))
+    return filled(model)
+
+
+class TestWhen:
+    def test_small_and_large(self, ran):
+        model = layer_with()
+        model(torch.randn(4, 64))
+        assert ran == {"light": 1, "fused": 0}
+        model(torch.randn(light.SMALL // 128 + 1, 64))
+        assert ran == {"light": 1, "fused": 1}
+
+    def test_not_without_gradients(self, ran):
+        with torch.no_grad():
+            layer_with()(torch.randn(4, 64))
+        assert ran == {"light": 0, "fused": 1}
+
+    @pytest.mark.parametrize("field", ["lora_dropout", "module_dropout"])
+    def test_not_by_chance(self, field, ran):
+        """Dropouts are the other paths' business; out of training there are none."""
+        config = LoraConfig(r=4, target_modules=["layer"], **{field: 0.5})
+        model = layer_with(config)
+        model.train()(torch.randn(4, 64))
+        assert ran["light"] == 0
+        model.eval()(torch.randn(4, 64))
+        assert ran["light"] == 1
+
+    def test_not_what_depends_on_the_weight(self, ran):
+        layer_with(LoraConfig(r=4, target_modules=["layer"], use_dora=True))(torch.randn(4, 64))
+        assert ran == {"light": 0, "fused": 1}
+
+
+class TestChanges:
+    """What was found for an input does not outlive what it depends on."""
+
+    def test_factors_in_another_dtype(self):
+        """`cast_training_params` of diffusers replaces the data of parameters, unseen."""
+        model = layer_with(dtype=torch.bfloat16)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.bfloat16)
+        x = torch.randn(4, 64, dtype=torch.bfloat16)
+        before = model(x)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        assert model(x).dtype == torch.bfloat16
+        torch.testing.assert_close(model(x), before)
+
+    def test_another_adapter_of_the_same_name(self, ran):
+        model, adapted = adapt(nn.Linear(64, 64), LoraConfig(r=4, target_modules=["layer"]), "a")
+        model.add_adapter("b", LoraConfig(r=2, target_modules=["layer"]))  # keeps the layer adapted
+        model.set_adapter("a")
+        filled(model)
+        x = torch.randn(4, 64)
+        model(x)
+        model.delete_adapter("a")
+        model.add_adapter("a", LoKrConfig(r=2, target_modules=["layer"]))
+        model.set_adapter("a")
+        filled(model)
+        found = model(x)
+        expected = x @ (adapted.base_layer.weight + adapted.get_delta_weight("a")).T + adapted.base_layer.bias
+        torch.testing.assert_close(found, expected)
+
+    def test_merged_and_back(self):
+        model, _ = adapt(nn.Linear(64, 64), LoraConfig(r=4, target_modules=["layer"]), "a")
+        model.set_adapter("a")
+        filled(model)
+        x = torch.randn(4, 64)
+        before = model(x)
+        model.merge_adapter()
+        torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-5)
+        model.unmerge_adapter()
+        assert torch.equal(model(x), before)
+
+    def test_copies_are_their_own(self):
+        model = layer_with()
+        x = torch.randn(4, 64)
+        before = model(x)
+        twin = copy.deepcopy(model)
+        filled(twin)
+        assert not torch.equal(twin(x), before)
+        assert torch.equal(model(x), before)
+
+    def test_hooks_are_called(self):
+        model = layer_with()
+        x = torch.randn(4, 64)
+        model(x)
+        seen = []
+        model.layer.base_layer.register_forward_hook(lambda *args: seen.append(args))
+        model(x)
+        assert len(seen) == 1
+
+    def test_many_shapes(self):
+        model = layer_with()
+        for tokens in range(1, 150):
+            model(torch.randn(tokens, 64))
+        assert len(light._PARTS[model.layer]) <= 65
+
+
+@pytest.mark.parametrize("algorithm", ["lora", "lokr", "miss-odd"])
+def test_kept_for_backward(algorithm):
+    """The input, and nothing of the weight's size."""
+    model, _ = adapt(nn.Linear(256, 256), ALGORITHMS[algorithm](), "a")
+    model.set_adapter("a")
+    filled(model)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    x = torch.randn(16, 256, requires_grad=True)
+    kept: dict[int, int] = {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = model(x)
+    assert y.requires_grad
+    others = [size for address, size in kept.items() if address not in own]
+    assert sum(others) <= 2 * x.numel() * x.element_size()
+    assert max(others) < 256 * 256 * 4
