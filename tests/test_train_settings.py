@@ -22,6 +22,7 @@ from lycoris_diff.adapters import ADAPTERS
 from lycoris_diff.cli.train import split_arguments
 from lycoris_diff.training import settings as settings_module
 from lycoris_diff.training.config import DreamBoothConfig
+from lycoris_diff.training.families import Flux, StableDiffusion, StableDiffusion3, StableDiffusionXL
 from lycoris_diff.training.given import FlagError, split_flags
 from lycoris_diff.training.settings import TrainSettings, read_settings
 from lycoris_diff.training.settings_help import documentation, list_adapter_fields, list_settings
@@ -446,7 +447,10 @@ class TestDocument:
         text = DOCUMENT.read_text(encoding="utf-8")
         files = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
         commands = re.findall(r"^lycoris-diff train (.*?[^\\])$", text, re.MULTILINE | re.DOTALL)
-        assert len(files) == 1 and len(commands) >= 4
+        assert len(files) == 4 and len(commands) >= 4
+        for file, kind in zip(files, (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux)):
+            Path("run.yaml").write_text(file)
+            assert read_settings("run.yaml").config.adapters.keys() <= {kind.denoiser, *kind.tokenizers}
         Path("run.yaml").write_text(files[0])
         assert read_settings("run.yaml").config.learning_rates == {"unet": 1e-3, "text_encoder": 1e-4}
         for command in commands:

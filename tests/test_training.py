@@ -441,8 +441,10 @@ class TestRefusals:
     def test_pipeline_of_another_kind(self, pictures, out):
         import smallpipelines
 
-        with pytest.raises(AdapterError, match=r"StableDiffusion3Pipeline with .* cannot be trained"):
-            train_dreambooth(smallpipelines.sd3(), short_run(pictures, out))
+        refiner = smallpipelines.sdxl()
+        refiner.text_encoder = None
+        with pytest.raises(AdapterError, match=r"StableDiffusionXLPipeline with .* cannot be trained; expected .*, Flux\.1"):
+            train_dreambooth(refiner, short_run(pictures, out))
 
     def test_nothing_to_load(self, pipe, tmp_path):
         with pytest.raises(AdapterError, match="no trained adapter in"):

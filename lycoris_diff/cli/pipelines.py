@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.console import Console
 
 from ..errors import AdapterError
+from ..files import read_json
 
 if TYPE_CHECKING:
     from ..diffusion import LoadReport
@@ -76,11 +77,19 @@ def load_pipeline(model: str, dtype: str, revision: str | None = None, variant: 
     if path.exists() and not (path / "model_index.json").is_file():
         raise AdapterError(f"{model} is no diffusers pipeline: it has no model_index.json; convert single files with diffusers")
     given = {"torch_dtype": wanted, "revision": revision, "variant": variant}
-    arguments = {name: value for name, value in given.items() if value is not None}
+    arguments = {name: value for name, value in given.items() if value is not None} | _left_out(path)
     try:
         return DiffusionPipeline.from_pretrained(model, **arguments)
     except (ValueError, AttributeError, ImportError) as error:
         raise AdapterError(f"--model: {model} cannot be loaded: {error}") from error
+
+
+def _left_out(path: Path) -> dict[str, None]:
+    """Text encoders that a saved pipeline is without, as Stable Diffusion 3 without T5; diffusers wants to be told of them."""
+    file = path / "model_index.json"
+    index = read_json(file) if file.is_file() else {}
+    parts = {name: value for name, value in index.items() if name.startswith(("text_encoder", "tokenizer"))}
+    return {name: None for name, value in parts.items() if value == [None, None]}
 
 
 def load_adapters(pipe: Any, adapters: list[AdapterArgument], strict: bool) -> list[LoadReport]:

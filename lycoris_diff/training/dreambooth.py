@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedDataParallelKwargs
 
 from ..errors import AdapterError, ConfigError
 from .activations import SavedForBackward
@@ -248,7 +249,7 @@ def _check(pipe: Any, config: DreamBoothConfig) -> Family:
     family.check_components(list(config.adapters))
     family.objective(config.min_snr_gamma)
     check_optimizer(config)
-    buckets_of(config, family.latent_factor)
+    buckets_of(config, family.edge_factor)
     return family
 
 
@@ -269,6 +270,9 @@ def _make_accelerator(config: DreamBoothConfig) -> Accelerator:
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             log_with=trackers or None,
             project_dir=str(config.output / "logs"),
+            # several processes wait for every gradient, and some modules have none in a step: dropped ones, and the last
+            # layer of a text encoder that only the layer before is read of
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
     except ValueError as error:  # precision not available here, or another one already chosen in this process
         raise AdapterError(f"accelerate refuses mixed_precision={config.mixed_precision!r}: {error}") from error

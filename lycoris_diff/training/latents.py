@@ -13,7 +13,7 @@ from .data.pictures import Picture
 from .data.reading import read_mask, read_picture
 from .families.base import Family
 
-VERSION = 1  # of what is kept on disk; a change of the preparation must raise it
+VERSION = 2  # of what is kept on disk; a change of the preparation must raise it
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,13 @@ class LatentStore:
         """Return the latents of a picture cut to a bucket.
 
         Raises:
-            AdapterError: the bucket's edges are no multiples of the VAE's factor, or the latents are not finite.
+            AdapterError: the bucket's edges are no multiples of the model's factor, or the latents are not finite.
             OSError: the picture cannot be read.
         """
-        factor = self.family.latent_factor
+        factor = self.family.edge_factor
         bucket = placement.bucket
         if bucket.width % factor or bucket.height % factor:
-            raise AdapterError(f"pictures of {bucket.width} x {bucket.height} pixels: the VAE needs multiples of {factor}")
+            raise AdapterError(f"pictures of {bucket.width} x {bucket.height} pixels: the model needs multiples of {factor}")
         geometry = (*placement.resized, *placement.crop, bucket.width, bucket.height, int(mirrored))
         key = key_of("latents", VERSION, self._vae, picture.digest, *geometry)
         kept = self.cache.get(key)

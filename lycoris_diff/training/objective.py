@@ -11,6 +11,7 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerM
 from ..errors import AdapterError, ConfigError
 
 PREDICTIONS = ("epsilon", "v_prediction")
+LOGIT_NORMAL, UNIFORM = "logit_normal", "uniform"
 
 
 @dataclass(frozen=True)
@@ -55,15 +56,18 @@ class Flow:
     """Training target of rectified-flow models, as Stable Diffusion 3 and Flux (arXiv 2403.03206).
 
     Attributes:
-        scheduler: holds the noise levels, shifted as the model was trained.
+        scheduler: holds the noise levels, with the shift that does not depend on a picture's size.
+        density: of noise levels before the shift: `LOGIT_NORMAL`, their logits are normally distributed, or `UNIFORM`.
     """
 
     scheduler: FlowMatchEulerDiscreteScheduler
+    density: str = LOGIT_NORMAL
 
     def timesteps(self, positions: torch.Tensor) -> torch.Tensor:
-        """Return timesteps for `positions` in [0, 1); their logits before the shift are normally distributed."""
-        density = torch.special.ndtri(positions.clamp(1e-6, 1 - 1e-6)).sigmoid()
-        index = (density * self.scheduler.config.num_train_timesteps).long()
+        """Return timesteps for `positions` in [0, 1), both of shape `(batch,)`; greater positions have less noise."""
+        if self.density == LOGIT_NORMAL:
+            positions = torch.special.ndtri(positions.clamp(1e-6, 1 - 1e-6)).sigmoid()
+        index = (positions * self.scheduler.config.num_train_timesteps).long()
         return self.scheduler.timesteps.to(positions.device)[index]
 
     def noised(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
@@ -83,17 +87,27 @@ class Flow:
 Objective = Diffusion | Flow
 
 
-def objective_of(scheduler: SchedulerMixin | Any, min_snr_gamma: float | None = None) -> Objective:
+def objective_of(scheduler: SchedulerMixin | Any, min_snr_gamma: float | None = None, density: str = LOGIT_NORMAL) -> Objective:
     """Return what a pipeline with this scheduler is trained to predict.
 
+    Args:
+        scheduler: of the pipeline.
+        min_snr_gamma: see `Diffusion`.
+        density: see `Flow`.
+
     Raises:
-        AdapterError: the scheduler's prediction type has no loss here.
+        AdapterError: the scheduler, or its prediction type, has no loss here.
         ConfigError: `min_snr_gamma` together with flow matching.
     """
     if "FlowMatch" in type(scheduler).__name__:
         if min_snr_gamma is not None:
             raise ConfigError("min_snr_gamma has no meaning for this model, which is trained by flow matching; leave it out")
-        return Flow(FlowMatchEulerDiscreteScheduler.from_config(scheduler.config))
+        return Flow(FlowMatchEulerDiscreteScheduler.from_config(scheduler.config), density)
+    if type(scheduler).__name__.startswith("EDM"):
+        raise AdapterError(
+            f"the scheduler is {type(scheduler).__name__}: models whose latents and answers are scaled by the noise level "
+            "(arXiv 2206.00364) cannot be trained; expected one that predicts noise, velocity or flow"
+        )
     prediction_type = scheduler.config.get("prediction_type", "epsilon")
     if prediction_type not in PREDICTIONS:
         raise AdapterError(f"the scheduler's prediction_type is {prediction_type!r}; expected one of {list(PREDICTIONS)}")

@@ -67,7 +67,7 @@ def find_class_data(family: Family, config: DreamBoothConfig, on_stage: OnStage)
         return None, 0
     made = 0
     if config.class_prompt is not None:
-        edge = _whole(config.resolution, family.latent_factor)
+        edge = _whole(config.resolution, family.edge_factor)
         made = ensure_class_pictures(
             family.pipe,
             folder,
@@ -109,7 +109,7 @@ def encode_data(
     """Encode pictures and captions; each picture of the class is cut to all buckets of the subject's."""
     disk = DiskCache(cache)
     store = LatentStore(family, disk)
-    buckets = buckets_of(config, family.latent_factor)
+    buckets = buckets_of(config, family.edge_factor)
     classes = class_pictures.pictures if class_pictures else ()
     own = [place(picture.size, buckets, config.bucket_upscale, config.bucket_step) for picture in pictures.pictures]
     used = sorted({placement.bucket for placement in own})
@@ -160,7 +160,7 @@ def buckets_of(config: DreamBoothConfig, factor: int) -> list[Bucket]:
     """Return the buckets that pictures may go into; without `aspect_buckets` one square.
 
     Raises:
-        ConfigError: edges that the VAE cannot divide.
+        ConfigError: edges that the model cannot divide.
     """
     edges: dict[str, int] = {}
     if config.aspect_buckets or not config.bucket_upscale:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import nn
 
 from .base import Family, Tensors
@@ -16,7 +17,9 @@ class StableDiffusion(Family):
 
     title = "Stable Diffusion 1.x or 2.x"
     denoiser = "unet"
-    text_encoders: ClassVar[Mapping[str, str]] = {"text_encoder": "tokenizer"}
+    denoiser_class = UNet2DConditionModel
+    denoiser_config: ClassVar[Mapping[str, Any]] = {"addition_embed_type": None}
+    tokenizers: ClassVar[Mapping[str, str]] = {"text_encoder": "tokenizer"}
 
     def encode(self, encoders: Mapping[str, nn.Module], tokens: Mapping[str, torch.Tensor]) -> Tensors:
         return {"encoder_hidden_states": encoders["text_encoder"](tokens["text_encoder"])[0]}

@@ -1,0 +1,19 @@
+#!/usr/bin/env python3
+r"""DreamBooth with any adapter of lycoris_diff on Stable Diffusion 3 or 3.5; other models are refused.
+
+    python scripts/train_dreambooth_sd3.py --model stabilityai/stable-diffusion-3.5-medium --instance_data_dir pictures \
+        --instance_prompt "a photo of sks dog" --output_dir out --adapter lokr \
+        --resolution 1024 --dtype bfloat16 --mixed_precision bf16
+
+The same as train_dreambooth.py, which it calls; docs/training.md says what is particular to this family.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from train_dreambooth import families, main
+
+if __name__ == "__main__":
+    sys.exit(main(family=families.StableDiffusion3, name=Path(__file__).name))
