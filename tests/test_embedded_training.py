@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 from PIL import Image
 
-from lycoris_diff.tiny.demo import run_demo
+from lycoris_diff.tiny.demo import TRAIN_STEPS, run_demo
 from lycoris_diff.tiny.measure import subject_score
 
 
-@pytest.mark.parametrize("adapter", ["lokr", "lora"])
-def test_subject_is_learned_and_the_rest_kept(adapter, tmp_path):
+@pytest.mark.parametrize(("adapter", "steps"), [("lokr", TRAIN_STEPS), ("lora", 170)])
+def test_subject_is_learned_and_the_rest_kept(adapter, steps, tmp_path):
     """The demo as users run it: trained, written, loaded into a fresh base model, and read from the pixels."""
-    report = run_demo(adapter, tmp_path)
+    report = run_demo(adapter, tmp_path, steps)
     training, outcome = report.training, report.outcome
     assert training.held_out_after < 0.6 * training.held_out_before
     assert outcome.subject_after > 0.5 and outcome.subject_after > outcome.subject_before + 0.15
