@@ -101,3 +101,12 @@ class TestChoice:
         x = make_input(adapted.base_layer)
         model(x)
         assert torch.equal(seen[0], x)
+
+
+@pytest.mark.parametrize("algorithm", MADE)
+def test_no_tokens(algorithm):
+    model, adapted = adapt(make_layer("linear"), MADE[algorithm](), "a")
+    model.set_adapter("a")
+    filled(model, 0.2)
+    x = make_input(adapted.base_layer)[:0]
+    assert model(x).shape == adapted.base_layer(x).shape

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import weakref
 
 import more_adapters
 import pytest
@@ -70,6 +71,13 @@ def replaced(model, adapted):
     adapted.base_layer.weight.data = adapted.base_layer.weight.data * 1.5
 
 
+def replaced_twice(model, adapted):
+    """The second may come to lie where the first was."""
+    factor = adapted.get_parameter("adapters.a.lora_B.weight")
+    for _ in range(2):
+        factor.data = factor.data * 2
+
+
 def loaded(model, adapted):
     model.load_state_dict({name: value * 1.25 for name, value in model.state_dict().items()})
 
@@ -85,6 +93,8 @@ CHANGES = {
     "the base weight": edited("base_layer.weight"),
     "the base bias": edited("base_layer.bias"),
     "another base weight": replaced,
+    "a factor's data, twice": replaced_twice,
+    "a trained strength": lambda model, adapted: setattr(adapted.adapter("a"), "scaling", 7.0),
     "a strength": lambda model, adapted: model.set_scale("a", 0.5),
     "zero strength": lambda model, adapted: model.set_scale("a", 0.0),
     "another adapter": lambda model, adapted: model.set_adapter("b", inference_mode=True),
@@ -213,6 +223,16 @@ class TestNotUsed:
 
 
 class TestNotKept:
+    def test_a_replaced_weight_is_freed(self):
+        model, adapted = frozen_pair("lora")
+        x = make_input(adapted.base_layer)
+        before = check(model, x)
+        old = weakref.ref(adapted.base_layer.weight)
+        adapted.base_layer.weight = nn.Parameter(2 * adapted.base_layer.weight.detach(), requires_grad=False)
+        gc.collect()
+        assert old() is None
+        assert not torch.equal(check(model, x), before)
+
     def test_copies_are_their_own(self):
         model, adapted = frozen_pair("lora-dora")
         x = make_input(adapted.base_layer)

@@ -11,7 +11,7 @@ from test_around import results
 from test_per_sample import filled
 from torch import nn
 
-from lycoris_diff import LoKrConfig, LoraConfig, inject_adapter
+from lycoris_diff import AdapterError, LoHaConfig, LoKrConfig, LoraConfig, inject_adapter
 from lycoris_diff.execution import engine
 from lycoris_diff.layers import light
 
@@ -181,3 +181,21 @@ def test_kept_for_backward(algorithm):
     others = [size for address, size in kept.items() if address not in own]
     assert sum(others) <= 2 * x.numel() * x.element_size()
     assert max(others) < 256 * 256 * 4
+
+
+def test_what_would_keep_much_runs_as_one_operation(ran):
+    """Products of factors that autograd would keep, and nearly no tokens beside them."""
+    for config in (LoHaConfig(r=16, target_modules=["layer"]), LoraConfig(r=128, target_modules=["layer"])):
+        layer_with(config, width=256)(torch.randn(4, 256))
+    assert ran == {"light": 0, "fused": 2}
+
+
+def test_a_layer_that_gives_no_gradient_is_noticed():
+    """Also when the layer was quantized after its first step."""
+    torchao = pytest.importorskip("torchao.quantization")
+    model = layer_with()
+    x = torch.randn(4, 64, requires_grad=True)
+    model(x).sum().backward()
+    torchao.quantize_(model.layer.base_layer, torchao.Int8DynamicActivationInt8WeightConfig(), filter_fn=lambda *args: True)
+    with pytest.raises(AdapterError, match="no gradient of its input"):
+        model(x)

@@ -52,6 +52,11 @@ class BOFT(DiagOFT):
             return f"{n} blocks of {b} rows, which must be an even number"
         return "" if n % 2 ** (stages[0] - 1) == 0 else f"{stages[0]} stages of {n} blocks"
 
+    @property
+    def around_cost(self) -> None:
+        """Around a plain weight it would keep the outputs of every stage for backward."""
+        return None
+
     def _turn(self, base: Tensor, rotation: Tensor) -> Tensor:
         return oft.butterfly(base, rotation)
 

@@ -73,7 +73,7 @@ def butterfly(weight: Tensor, rotation: Tensor) -> Tensor:
     for i, stage in enumerate(rotation):
         step = 2**i * b // 2
         # pairs of rows that far apart come next to each other, are turned in blocks of b, and go back
-        pairs = flat.reshape(-1, 2, step, flat.shape[1]).transpose(1, 2)
-        turned = stage @ pairs.reshape(-1, b, flat.shape[1])
-        flat = turned.view(-1, step, 2, flat.shape[1]).transpose(1, 2).reshape(flat.shape)
+        pairs = flat.reshape(len(flat) // (2 * step), 2, step, flat.shape[1]).transpose(1, 2)
+        turned = stage @ pairs.reshape(len(flat) // b, b, flat.shape[1])
+        flat = turned.view(len(flat) // (2 * step), step, 2, flat.shape[1]).transpose(1, 2).reshape(flat.shape)
     return flat.view(weight.shape)

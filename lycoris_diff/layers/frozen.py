@@ -2,6 +2,9 @@
 
 Used where no gradient is recorded and nothing trains. Kept is only what is small beside the layer's weight: an adapter that
 runs by changing the weight changes it anew in every call, and is fused by those who want that time back.
+
+A change of a tensor is seen by its version and its place in memory. Writing into the ``.data`` of a frozen factor leaves no
+such mark; write into the factor itself, under `torch.no_grad`.
 """
 
 from __future__ import annotations
@@ -37,14 +40,16 @@ class Prepared(NamedTuple):
     """What was prepared for a layer, and what it was prepared from.
 
     Attributes:
-        setting: names of the adapters, dtype and mode of the call.
-        sources: the tensors that everything was computed from.
+        setting: names and trained strengths of the adapters, dtype and mode of the call.
+        sources: the tensors that everything was computed from. Those of the host may be replaced and freed meanwhile.
+        storages: of the factors, kept so that no address is given out twice.
         marks: where their values were, and in which version.
         ready: by tokens.
     """
 
     setting: tuple[object, ...]
-    sources: list[Tensor]
+    sources: list[weakref.ref[Tensor]]
+    storages: list[Tensor]
     marks: list[tuple[int, int]]
     ready: dict[int, Ready]
 
@@ -75,18 +80,28 @@ def frozen(adapters: Sequence[Adapter], others: Sequence[Tensor | None]) -> list
 def prepared(
     layer: nn.Module, setting: tuple[object, ...], sources: list[Tensor], tokens: int, prepare: Callable[[], Ready]
 ) -> Ready:
-    """What `prepare` returns, remembered for as long as nothing that it depends on changes."""
+    """What `prepare` returns, remembered for as long as nothing that it depends on changes.
+
+    Args:
+        layer: whose it is.
+        setting: what it depends on beside tensors.
+        sources: those tensors, as `frozen` gives them.
+        tokens: of the input.
+        prepare: makes it.
+    """
     setting = (*setting, torch.is_inference_mode_enabled())
     marks = [(t.data_ptr(), t._version) for t in sources]
     found = _PREPARED.get(layer)
     same = found is not None and found.setting == setting and found.marks == marks
-    if found is None or not same or any([a is not b for a, b in zip(found.sources, sources, strict=True)]):
-        found = _PREPARED[layer] = Prepared(setting, sources, marks, {})
-    if tokens not in found.ready:
-        if len(found.ready) == SIZES:
+    if found is None or not same or any([a() is not b for a, b in zip(found.sources, sources, strict=True)]):
+        small = [t.detach() for t in sources if not t.is_inference() and t.numel() * 4 <= sources[0].numel()]
+        found = _PREPARED[layer] = Prepared(setting, [weakref.ref(t) for t in sources], small, marks, {})
+    ready = found.ready.get(tokens)
+    if ready is None:
+        if len(found.ready) >= SIZES:
             found.ready.clear()
-        found.ready[tokens] = prepare()
-    return found.ready[tokens]
+        ready = found.ready[tokens] = prepare()
+    return ready
 
 
 def forget(layer: nn.Module) -> None:

@@ -19,7 +19,7 @@ from ..execution.geometry import is_transformers_conv1d
 from ..execution.packed import describe, rearranged
 from ..execution.steps import Program, Step
 from .frozen import Ready, frozen, prepared, settled
-from .light import Parts, is_small, light_parts, run_light
+from .light import Parts, is_small, keeps_little, light_parts, run_light
 from .mergeable import MergeableLayer
 from .parts import bias_change, plus, row_factor
 from .samples import Samples
@@ -64,7 +64,7 @@ class AdaptedLayer(MergeableLayer):
         compiling = torch.compiler.is_compiling()
         parts = None if compiling else light_parts(self, names, x, lambda: self._light(names, x))
         if parts and not (self.training and any([_varied(adapter) for adapter, _ in parts])):
-            return run_light(self.geometry, self.base_layer(x, *args, **kwargs), x, parts)
+            return run_light(self.geometry, self._host(x, *args, **kwargs), x, parts)
         if not compiling and self._fusable(names, x) and not self._all_around(names, x):
             if not torch.is_autocast_enabled(x.device.type):
                 return self._fused(names, x)
@@ -104,7 +104,8 @@ class AdaptedLayer(MergeableLayer):
     def _light(self, names: Sequence[str], x: Tensor) -> Parts | None:
         """The programs of adapters that run beside a small layer; None where it is not, or they do not."""
         inner, _ = self.geometry.enter(x)
-        if not is_small(self.geometry, self.geometry.tokens(inner)) or self.biased or not self._fusable(names, x):
+        tokens = self.geometry.tokens(inner)
+        if not is_small(self.geometry, tokens) or self.biased or not self._fusable(names, x):
             return None
         parts: Parts = []
         for adapter in [self.adapter(n) for n in names]:
@@ -112,7 +113,7 @@ class AdaptedLayer(MergeableLayer):
             choice, program = self._choose(adapter, f, inner, True) if f else (None, None)
             if program is None or choice is None or choice.mode != "beside":
                 return None
-            if adapter.depends_on_weight or not adapter.keeps_program:
+            if adapter.depends_on_weight or not adapter.keeps_program or not keeps_little(self.geometry, tokens, program, f):
                 return None
             parts.append((adapter, program))
         return parts
@@ -142,7 +143,8 @@ class AdaptedLayer(MergeableLayer):
             ready = self._ready(names, inner, weight, bias)
         else:
             prepare = lambda: settled(self._ready(names, inner, weight, bias), weight.numel())
-            ready = prepared(self, (names, x.dtype), sources, geo.tokens(inner), prepare)
+            setting = (names, x.dtype, *[self.adapter(n).scaling for n in names])
+            ready = prepared(self, setting, sources, geo.tokens(inner), prepare)
         return geo.leave(adapted(ready.call, inner, weight, *ready[1:]), lead)
 
     def _ready(self, names: Sequence[str], x: Tensor, weight: Tensor, bias: Tensor | None) -> Ready:

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from ..adapters.base import Adapter
 from ..execution.engine import cast
 from ..execution.geometry import Geometry
-from ..execution.steps import Program
+from ..execution.steps import Factors, Program
 
 #: numbers in the layer's input and output, together, up to which it is small: the fused operation saves passes over them, a
 #: tenth of a millisecond for so many, and spends that on calls
 SMALL = 2**17
+#: numbers that may be kept for backward in any case, an eighth of a MiB
+LITTLE = 2**15
 
 Parts = list[tuple[Adapter, Program]]
 _PARTS: weakref.WeakKeyDictionary[nn.Module, dict[object, Parts | None]] = weakref.WeakKeyDictionary()
@@ -41,6 +43,13 @@ def light_parts(layer: nn.Module, names: tuple[str, ...], x: Tensor, find: Calla
 def is_small(geometry: Geometry, tokens: int) -> bool:
     """Whether calls outweigh passes."""
     return tokens * (geometry.inp * geometry.groups + geometry.out) <= SMALL
+
+
+def keeps_little(geometry: Geometry, tokens: int, program: Program, f: Factors) -> bool:
+    """Whether what autograd keeps of a program's weights is small, or no larger than the layer's input and output."""
+    sides = geometry.inp * geometry.groups + geometry.out
+    built = sum(t.numel() for t in f.values()) if program.direct else program.width * sides
+    return built <= max(tokens * sides, LITTLE)
 
 
 def run_light(geometry: Geometry, y: Tensor, x: Tensor, parts: Sequence[tuple[Adapter, Program]]) -> Tensor:

@@ -61,7 +61,7 @@ RECIPES: dict[str, Recipe] = {
     "lora": Recipe("LoRA", LoraConfig, {"r": 8, "lora_alpha": 8}, 3e-3),
     "dora": Recipe("DoRA", LoraConfig, {"r": 8, "lora_alpha": 8, "weight_decompose": True}, 3e-3),
     "oft": Recipe("OFT", OFTConfig, {"oft_block_size": 8}, 3.5e-3),
-    "diag_oft": Recipe("Diag-OFT", DiagOFTConfig, {"r": 8}, 4e-3),
+    "diag_oft": Recipe("Diag-OFT", DiagOFTConfig, {"r": 8}, 3e-3),
     "boft": Recipe("BOFT", BOFTConfig, {"r": 8}, 1.1e-3),
     "glora": Recipe("GLoRA", GLoraConfig, {"r": 8, "alpha": 8}, 3e-3),
     "tlora": Recipe("T-LoRA", TLoraConfig, {"r": 8, "alpha": 8}, 3e-3),
