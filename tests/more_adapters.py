@@ -5,7 +5,7 @@ from __future__ import annotations
 import more_oracles as dense
 import oracles
 import torch
-from cases import adapt, make_layer
+from cases import ALGORITHMS, adapt, make_layer
 from torch import nn
 
 from lycoris_diff import BOFTConfig, DiagOFTConfig, FullConfig, GLoraConfig, IA3Config, OFTConfig, TLoraConfig
@@ -63,6 +63,21 @@ PAIRS = [
     if not (name in POINTWISE and host.startswith("conv") and host != "conv2d-1x1")
     and not (name == "glora-core" and host in (*LINEAR, "conv2d-1x1"))
 ]
+
+
+#: every algorithm of the tests, as functions that make a config
+EVERY = {**ALGORITHMS, **{f"more-{name}": make for name, (make, _) in CASES.items()}}
+
+
+def filled(model: nn.Module, std: float = 0.3) -> nn.Module:
+    """Noise in every trained parameter."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.add_(std * noise.to(parameter.dtype))
+    return model
 
 
 def shake(adapter: nn.Module, seed: int = 3, std: float = 0.3) -> None:

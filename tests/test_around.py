@@ -6,7 +6,7 @@ import more_adapters
 import pytest
 import torch
 from cases import adapt, make_input, make_layer
-from test_per_sample import filled
+from more_adapters import filled
 from torch import nn
 
 from lycoris_diff import AdapterError, BOFTConfig, DiagOFTConfig, GLoraConfig, IA3Config, OFTConfig

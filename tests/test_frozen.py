@@ -6,19 +6,16 @@ import copy
 import gc
 import weakref
 
-import more_adapters
 import pytest
 import torch
-from cases import ALGORITHMS, adapt, make_input, make_layer
-from test_per_sample import filled
+from cases import adapt, make_input, make_layer
+from more_adapters import EVERY, filled
 from torch import nn
 
 from lycoris_diff import AdapterError, LoKrConfig, LoraConfig
 from lycoris_diff.layers import frozen
 
 pytestmark = pytest.mark.usefixtures("fused")
-
-EVERY = {name: make for name, make in ALGORITHMS.items()} | {f"more-{k}": make for k, (make, _) in more_adapters.CASES.items()}
 
 
 def frozen_pair(algorithm, layer="linear", dtype=torch.float64):

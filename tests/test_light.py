@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 from cases import ALGORITHMS, Holder, adapt, make_input, make_layer
+from more_adapters import filled
 from test_around import results
-from test_per_sample import filled
 from torch import nn
 
 from lycoris_diff import AdapterError, LoHaConfig, LoKrConfig, LoraConfig, inject_adapter

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import more_adapters
 import numpy as np
 import pytest
 import torch
-from cases import ALGORITHMS, Holder, adapt, make_input, make_layer, randomize
+from cases import Holder, adapt, make_input, make_layer, randomize
 from modelcases import CONFIGS, STRONG, wrapped
+from more_adapters import EVERY, filled
 from smallpipelines import pipeline
 from torch import nn
 
@@ -25,19 +25,7 @@ from lycoris_diff import (
 )
 from lycoris_diff.injection import adapted_layers
 
-EVERY = {name: make for name, make in ALGORITHMS.items()} | {f"more-{k}": make for k, (make, _) in more_adapters.CASES.items()}
 ENTRIES = ["a", None, ["a", "b"], "b", "__base__"]
-
-
-def filled(model, std=0.3):
-    """Noise in every trained parameter."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-                parameter.add_(std * noise.to(parameter.dtype))
-    return model
 
 
 def alone(model, entry, x):

@@ -159,8 +159,7 @@ class Adapter(nn.Module):
         # W down^T by the layer's own operation, on k more tokens
         mixed = host.plain(down.to(host.dtype)).to(up.dtype)
         square = host.row_squares + ((2 * mixed.T + up @ (down @ down.T)) * up).sum(1)
-        magnitude = f[self.magnitude_name].reshape(-1).to(square.dtype)
-        row = magnitude * square.clamp_min(torch.finfo(square.dtype).tiny).rsqrt()
+        row = dora.row_factors(f[self.magnitude_name], square)
         return Around(
             after=lambda y: y * (row - 1).to(y.dtype),
             beside=lambda x: program.run(self.geometry, x, cast(f, x.dtype)) * row.to(x.dtype),
@@ -328,6 +327,11 @@ class Adapter(nn.Module):
         strength = f["strength"] = buffers["strength"]
         f["scale"] = (torch.ones_like(strength) if self.depends_on_weight else strength) * self.scaling
         return f
+
+    @property
+    def single(self) -> bool:
+        """Whether it is one adapter, not a sum of several."""
+        return type(self).members is Adapter.members
 
     def members(self, exact: bool = False) -> list[tuple[Adapter, dict[str, Tensor]]]:
         """The adapters this one consists of, with their inputs: itself, or the parts of a sum."""

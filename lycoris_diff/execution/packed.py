@@ -161,15 +161,13 @@ def _read_4bit(weight: Any) -> Tensor:
 
 
 def _pack_4bit(weight: Any, values: Tensor) -> nn.Parameter:
-    fresh = type(weight)(
-        values.to(weight.quant_state.dtype),
-        blocksize=weight.blocksize,
-        compress_statistics=weight.compress_statistics,
-        quant_type=weight.quant_type,
-        quant_storage=weight.quant_storage,
-    )
-    packed: nn.Parameter = fresh.to(weight.device)
+    packed: nn.Parameter = type(weight)(values.to(weight.quant_state.dtype), **_settings_4bit(weight)).to(weight.device)
     return packed
+
+
+def _settings_4bit(weight: Any) -> dict[str, Any]:
+    names = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
+    return {name: getattr(weight, name) for name in names}
 
 
 def _hold_4bit(layer: Any) -> nn.Parameter:
@@ -178,15 +176,8 @@ def _hold_4bit(layer: Any) -> nn.Parameter:
 
 
 def _copy_4bit(weight: Any) -> nn.Parameter:
-    return type(weight)(
-        weight.data.clone(),
-        quant_state=copy.deepcopy(weight.quant_state),
-        blocksize=weight.blocksize,
-        compress_statistics=weight.compress_statistics,
-        quant_type=weight.quant_type,
-        quant_storage=weight.quant_storage,
-        bnb_quantized=True,
-    )
+    state = copy.deepcopy(weight.quant_state)
+    return type(weight)(weight.data.clone(), quant_state=state, bnb_quantized=True, **_settings_4bit(weight))
 
 
 def _put_4bit(layer: Any, parameter: Any) -> None:

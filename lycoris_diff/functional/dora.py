@@ -18,6 +18,11 @@ def norms(weight: Tensor, axis: str) -> Tensor:
     return torch.linalg.vector_norm(weight, dim=dims, keepdim=True)
 
 
+def row_factors(magnitude: Tensor, squares: Tensor) -> Tensor:
+    """``magnitude / sqrt(squares)``, the factor of every output row ``(out,)``; of a row that is all zero it is finite."""
+    return magnitude.reshape(-1).to(squares.dtype) * squares.clamp_min(torch.finfo(squares.dtype).tiny).rsqrt()
+
+
 def decompose(merged: Tensor, magnitude: Tensor, axis: str) -> Tensor:
     """``magnitude * merged / ||merged||``; a row or column that is all zero stays zero.
 

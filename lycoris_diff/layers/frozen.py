@@ -68,7 +68,7 @@ def frozen(adapters: Sequence[Adapter], others: Sequence[Tensor | None]) -> list
         return None
     sources = [t for t in others if t is not None]
     for adapter in adapters:
-        if type(adapter).members is not Adapter.members or adapter.training:
+        if not adapter.single or adapter.training:
             return None
         values = adapter.factors().values()
         if any([t.requires_grad for t in values]):

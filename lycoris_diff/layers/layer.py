@@ -77,10 +77,7 @@ class AdaptedLayer(MergeableLayer):
         """Those that are run. A zero strength is not unless it trains: exactly the base, whatever the factors hold."""
         if torch.compiler.is_compiling():
             return names
-        return tuple([n for n in names if not self.adapter(n).idle or self._trains(n)])
-
-    def _trains(self, name: str) -> bool:
-        return torch.is_grad_enabled() and any(p.requires_grad for p in self.adapter(name).parameters())
+        return tuple([n for n in names if not self.adapter(n).idle or _trains(self.adapter(n))])
 
     def _transparent(self) -> bool:
         """Whether the base layer is a plain known class that nothing else watches, so that its weight may be used directly."""
@@ -109,7 +106,7 @@ class AdaptedLayer(MergeableLayer):
             return None
         parts: Parts = []
         for adapter in [self.adapter(n) for n in names]:
-            f = adapter.inputs() if type(adapter).members is Adapter.members else {}
+            f = adapter.inputs() if adapter.single else {}
             choice, program = self._choose(adapter, f, inner, True) if f else (None, None)
             if program is None or choice is None or choice.mode != "beside":
                 return None
@@ -129,8 +126,7 @@ class AdaptedLayer(MergeableLayer):
         cost = adapter.around_cost
         if cost is None or adapter.pinned or self.geometry.edges or not self._transparent():
             return False
-        training = torch.is_grad_enabled() and any([p.requires_grad for p in adapter.parameters()])
-        return around_is_cheaper(self.geometry.shape, self.geometry.tokens(x), training, cost)
+        return around_is_cheaper(self.geometry.shape, self.geometry.tokens(x), _trains(adapter), cost)
 
     def _fused(self, names: Sequence[str], x: Tensor) -> Tensor:
         geo = self.geometry
@@ -345,6 +341,11 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     """Dtype an operation on ``x`` runs in: autocast's where it is on, else the input's."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _trains(adapter: Adapter) -> bool:
+    """Whether this call records a gradient of one of its factors."""
+    return torch.is_grad_enabled() and any([p.requires_grad for p in adapter.parameters()])
 
 
 def _module_dropout(adapter: Adapter) -> float:

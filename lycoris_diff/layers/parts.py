@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..adapters.base import Adapter
 from ..execution.recompute import recompute
+from ..functional import dora
 
 
 def bias_change(members: Iterable[tuple[Adapter, dict[str, Tensor]]]) -> Tensor | None:
@@ -39,9 +40,7 @@ def row_factor(adapter: Adapter, weight: Tensor, f: dict[str, Tensor]) -> Tensor
         else:
             inner, delta_square = statistics
             square = row_squares(base) + 2 * inner + delta_square
-        tiny = torch.finfo(square.dtype).tiny
-        magnitude = factors[adapter.magnitude_name].reshape(-1).to(square.dtype)
-        return magnitude * square.clamp_min(tiny).rsqrt()
+        return dora.row_factors(factors[adapter.magnitude_name], square)
 
     if adapter.small_row_statistics:
         return compute(weight.detach(), *f.values())
