@@ -15,6 +15,7 @@ from ..errors import AdapterError
 from ..systems import get_peft_model
 from .config import ADAPTER, DreamBoothConfig
 from .families import Family
+from .processes import shard_frozen, sharding
 from .state import random_state_kept
 
 
@@ -86,7 +87,10 @@ def prepared(family: Family, config: DreamBoothConfig, accelerator: Accelerator)
             elif config.gradient_checkpointing and not model.is_gradient_checkpointing:
                 _checkpointing(model, True)
                 checkpointed.append(model)
-            models[component] = accelerator.prepare_model(model, evaluation_mode=frozen)
+            # no DistributedDataParallel: what is trained is small, and the loop averages its gradients
+            models[component] = accelerator.prepare_model(model, evaluation_mode=True)
+            if sharding(accelerator) is not None:
+                shard_frozen(accelerator, models[component])
         if config.compile:
             models[family.denoiser] = cast(nn.Module, torch.compile(models[family.denoiser]))
         yield models

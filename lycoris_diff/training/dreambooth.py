@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs
 
 from ..errors import AdapterError, ConfigError
 from .activations import SavedForBackward
@@ -27,7 +26,7 @@ from .optimizers import check_optimizer, risky_learning_rate
 from .outputs import RunFacts, check_outputs, save_outputs, upload
 from .plan import Measured, TrainPlan, choose_size, plan_training
 from .prepare import Data, OnStage, buckets_of, encode_data, find_data, prepare_data
-from .processes import process_state
+from .processes import check_processes, process_state
 from .record import UNKNOWN, run_metadata
 from .report import TrainReport, TrainStep
 
@@ -43,7 +42,8 @@ def train_dreambooth(
 
     The components named in `config.adapters` are wrapped (`pipe.unet = get_peft_model(pipe.unet, ...)`), trained and
     saved. They stay on the pipeline afterwards, in evaluation mode. When anything fails, the pipeline has its own
-    components back. torch's global random state is not changed.
+    components back. torch's global random state is not changed. Where accelerate's configuration asks for FSDP2, the
+    components stay sharded afterwards: load the pipeline anew to draw with it.
 
     Args:
         pipe: a pipeline of a kind in `families.FAMILIES`; moved to accelerate's device.
@@ -65,11 +65,12 @@ def train_dreambooth(
     size = choose_size(pipe, config, _planned_metadata(family, config, base, pictures))
     if size is not None:
         config = replace(config, adapters=size.configs)
-    check_outputs(pipe, config)  # its notes come again when the files are written
+    outputs = check_outputs(pipe, config)
     if config.resume is not None:
         config = replace(config, resume=str(checkpoints_of(config).find(config.resume)))
     config.output.mkdir(parents=True, exist_ok=True)
     accelerator = _make_accelerator(config)
+    check_processes(accelerator, config.preview_prompts)
     pipe.to(accelerator.device)
     base_digest = key_of(*(model_digest(getattr(pipe, name)) for name in (*family.components, "vae")))
     data = prepare_data(family, config, pictures, accelerator, config.cache, on_stage or _quiet)
@@ -94,7 +95,7 @@ def train_dreambooth(
         )
         paths: dict[str, Path] = {}
         if accelerator.is_main_process:
-            paths = save_outputs(pipe, config, facts, notes.append)
+            paths = save_outputs(pipe, config, facts, notes.append, outputs)
         accelerator.wait_for_everyone()
     uploaded = None
     if config.push_to_hub and accelerator.is_main_process:
@@ -270,9 +271,6 @@ def _make_accelerator(config: DreamBoothConfig) -> Accelerator:
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             log_with=trackers or None,
             project_dir=str(config.output / "logs"),
-            # several processes wait for every gradient, and some modules have none in a step: dropped ones, and the last
-            # layer of a text encoder that only the layer before is read of
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
     except ValueError as error:  # precision not available here, or another one already chosen in this process
         raise AdapterError(f"accelerate refuses mixed_precision={config.mixed_precision!r}: {error}") from error

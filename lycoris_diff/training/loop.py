@@ -27,9 +27,10 @@ from .objective import Objective
 from .optimizers import make_lr_scheduler, make_optimizer, optimizer_eval
 from .prepare import Data, batches_of
 from .previews import draw_previews
+from .processes import average_gradients, share_values
 from .record import PREVIEWS
 from .report import SkippedStep, TrainStep
-from .state import check_same_run, put_trained_tensors, rng_state, set_rng_state, trained_tensors
+from .state import check_same_run, go_on_randomly, put_trained_tensors, rng_state, trained_tensors
 
 HELD_OUT_SEED = 1_000_003  # added to the run's seed; far from the seeds of training
 MOST_SKIPPED = 10  # steps in a row that may be skipped
@@ -66,6 +67,7 @@ class Loop:
             for component, model in self.adapted.items()
         ]
         self.parameters = [parameter for group in groups for parameter in group["params"]]
+        share_values(self.parameters, accelerator)
         self.optimizer = accelerator.prepare_optimizer(make_optimizer(config, groups))
         self.lr_scheduler = make_lr_scheduler(config, self.optimizer.optimizer)
         self.ema = EMAModel(self.parameters, decay=config.ema_decay) if config.ema_decay is not None else None
@@ -138,6 +140,7 @@ class Loop:
                 loss = self.loss(batch)
                 accelerator.backward(loss)
             passes.append((batch, loss.detach()))
+        average_gradients(self.parameters, accelerator)
         # the mean over all processes, so that all of them go the same way below
         mean: Any = accelerator.reduce(torch.stack([loss for _, loss in passes]).mean(), "mean")
         accelerator.unscale_gradients()
@@ -302,7 +305,7 @@ class Loop:
             "settings": self.config.to_dict(),
             "data": self.data.digest,
             "base": self.base_digest,
-            "processes": self.accelerator.num_processes,
+            "train_batch_size x processes": self.config.train_batch_size * self.accelerator.num_processes,
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -327,7 +330,8 @@ class Loop:
         if list(state["settings"]["preview_prompts"]) == list(self.config.preview_prompts):  # else they show other prompts
             places = [self.preview_folder / name for name in state["previews"]]
             self.previews = [path for path in places if path.is_file()]
-        set_rng_state(state["rng"][self.accelerator.process_index])
+        place = self.accelerator.process_index, self.accelerator.num_processes
+        go_on_randomly(state["rng"], *place, f"{self.config.seed} {self.step}")
 
     def finish(self) -> None:
         """Leave the weights that are to be saved in the adapters, in evaluation mode."""

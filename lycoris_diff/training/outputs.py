@@ -95,7 +95,11 @@ def check_outputs(pipe: Any, config: DreamBoothConfig, blank: Mapping[str, nn.Mo
 
 
 def save_outputs(
-    pipe: Any, config: DreamBoothConfig, facts: RunFacts, on_note: Callable[[str], None] | None = None
+    pipe: Any,
+    config: DreamBoothConfig,
+    facts: RunFacts,
+    on_note: Callable[[str], None] | None = None,
+    plan: OutputPlan | None = None,
 ) -> dict[str, Path]:
     """Write the adapters in every wanted format, the model card and the settings that repeat the run.
 
@@ -106,6 +110,7 @@ def save_outputs(
         config: the run's settings.
         facts: what the run knows of itself.
         on_note: called with what people should know: the plan's notes, values lost in `save_dtype`.
+        plan: what `check_outputs` said before training; None asks it now.
 
     Returns:
         What was written: "kohya" (a file), every component (a directory), "card" and "settings".
@@ -114,7 +119,8 @@ def save_outputs(
         AdapterError: a component has no adapter; a value is not finite, or would not be in `save_dtype`. ConfigError: see
             `check_outputs`. OSError: the directory cannot be written. What was there before is still there then.
     """
-    plan = check_outputs(pipe, config)
+    plan = plan or check_outputs(pipe, config)
+    _check_leftovers(config, plan)
     models, dtype = _trained_models(pipe, config), config.torch_save_dtype
     check_finite_adapters(models)
     notes = list(plan.notes)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +21,7 @@ __all__ = [
     "MAY_DIFFER",
     "Checkpoints",
     "check_same_run",
+    "go_on_randomly",
     "named_trained",
     "put_trained_tensors",
     "random_state_kept",
@@ -29,9 +31,11 @@ __all__ = [
 ]
 
 #: settings that may differ between a checkpoint and the run that continues it: they do not change what a step does
+#: (pictures in a batch are compared for all processes together)
 MAY_DIFFER = frozenset(
     {
         *("max_train_steps", "output_dir", "instance_data_dir", "class_data_dir", "cache_dir", "sample_batch_size"),
+        "train_batch_size",
         *("gradient_checkpointing", "compile", "on_nonfinite", "resume", "trackers"),
         *("preview_prompts", "preview_every", "preview_steps", "preview_guidance", "preview_seed"),
         *("checkpoint_every", "checkpoint_limit", "name", "formats", "save_dtype", "push_to_hub"),
@@ -71,6 +75,23 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
         warnings.warn(
             f"the random state is of {saved} CUDA devices, here are {devices}: dropout will not be the same", stacklevel=2
         )
+
+
+def go_on_randomly(states: Sequence[Mapping[str, Any]], index: int, count: int, seed: str) -> None:
+    """Put back the random state of process `index` of `count`; of another number of processes it gets a new one, of `seed`.
+
+    Raises:
+        CheckpointError: as `set_rng_state`.
+    """
+    if count == len(states):
+        set_rng_state(states[index])
+        return
+    warnings.warn(
+        f"the checkpoint is of {len(states)} processes, here are {count}: pictures, noise and noise levels are the same, "
+        "dropout will not be",
+        stacklevel=2,
+    )
+    torch.manual_seed(zlib.crc32(f"{seed} {index}".encode()))
 
 
 @contextmanager
