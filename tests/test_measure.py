@@ -26,9 +26,9 @@ from lycoris_diff.tiny.measure import (
 )
 from lycoris_diff.tiny.pixels import largest_region, to_lab
 from lycoris_diff.tiny.scenes import BACKGROUNDS, COLOURS, CREATURE, PLACES, SIZES, Scene, draw_scene, random_scene
-from lycoris_diff.tiny.subject import SUBJECT, SUBJECT_BACKGROUNDS, draw_subject, subject_scene
+from lycoris_diff.tiny.subject import SUBJECT, draw_subject, subject_scene
 
-TEAL, ORANGE, YELLOW = SUBJECT.body, SUBJECT.trim, SUBJECT.tips
+TEAL, ORANGE, YELLOW = SUBJECT.creature.body, SUBJECT.creature.trim, SUBJECT.creature.tips
 
 
 def worn(picture: Image.Image, seed: int, noise: float = 10, blur: float = 1.0) -> Image.Image:
@@ -183,11 +183,11 @@ class TestRates:
 
 
 class TestSubjectScore:
-    @pytest.mark.parametrize("background", SUBJECT_BACKGROUNDS)
+    @pytest.mark.parametrize("background", SUBJECT.backgrounds)
     def test_drawn(self, background):
         rng = random.Random(background)
         for place in PLACES:
-            picture = draw_scene(Scene(CREATURE, "", background, "big", place), rng, creature=SUBJECT)
+            picture = draw_scene(Scene(CREATURE, "", background, "big", place), rng, creature=SUBJECT.creature)
             assert 0.95 < subject_score(picture) <= 1
             assert subject_score(worn(picture, 0)) > 0.8
 

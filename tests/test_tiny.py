@@ -17,7 +17,7 @@ from lycoris_diff.tiny.figures import SHAPES
 from lycoris_diff.tiny.measure import held_out_pairs, measure_scenes, read_picture
 from lycoris_diff.tiny.pixels import distances, to_lab
 from lycoris_diff.tiny.scenes import COLOURS, CREATURE, Scene, caption, draw_scene, random_scene
-from lycoris_diff.tiny.subject import SUBJECT, SUBJECT_BACKGROUNDS
+from lycoris_diff.tiny.subject import SUBJECT
 from lycoris_diff.tiny.tokenizer import WORDS, build_tokenizer, byte_alphabet, learn_merges
 
 
@@ -143,7 +143,7 @@ class TestScenes:
         assert np.array_equal(first, again) and not np.array_equal(first, other)
 
     def test_no_creature_of_the_training_looks_like_the_subject(self):
-        assert all(distance > 30 for distance in distances(to_lab(SUBJECT.body), to_lab(list(COLOURS.values()))))
+        assert all(distance > 30 for distance in distances(to_lab(SUBJECT.creature.body), to_lab(list(COLOURS.values()))))
 
 
 class TestSubject:
@@ -166,8 +166,8 @@ class TestSubject:
         paths = draw_subject_images(tmp_path, count=6, name="sks creature")
         captions = [path.with_suffix(".txt").read_text().strip() for path in paths]
         assert captions[0] == "a sks creature on a blue background"
-        assert captions == [f"a sks creature on a {background} background" for background in SUBJECT_BACKGROUNDS]
-        assert [read_picture(Image.open(path)).background for path in paths] == list(SUBJECT_BACKGROUNDS)
+        assert captions == [f"a sks creature on a {background} background" for background in SUBJECT.backgrounds]
+        assert [read_picture(Image.open(path)).background for path in paths] == list(SUBJECT.backgrounds)
 
 
 class TestCharts:

@@ -21,7 +21,7 @@ from .measure import PARTS, STEPS, Rate, SceneScores, draw_prompts, measure_scen
 from .pipeline import PICTURE_SIZE, load_pipeline
 from .recipes import Recipe, find_recipe
 from .scenes import CREATURE, Scene, caption, random_scene
-from .subject import SUBJECT_BACKGROUNDS, draw_subject_images
+from .subject import SUBJECT, draw_subject_images
 
 NAME = "sks creature"
 TRAIN_STEPS = 240
@@ -219,7 +219,7 @@ def scene_pairs(count: int, seed: str) -> list[tuple[Scene, int]]:
 def draw_all(pipe: StableDiffusionPipeline, seed: int, on_pictures: Callable[[int, int], None]) -> Drawn:
     """Draw the subject on every background and the other prompts; the same `seed` starts from the same noise."""
     pairs = scene_pairs(OTHERS, f"others {seed}")
-    prompts = [caption(NAME, background=background) for background in SUBJECT_BACKGROUNDS]
+    prompts = [caption(NAME, background=background) for background in SUBJECT.backgrounds]
     seeds = [(seed + index) % 2**32 for index in range(len(prompts))]
     pictures = draw_prompts(
         pipe,
@@ -259,7 +259,7 @@ def statements(scores: SceneScores) -> Rate:
 
 def grid(subject: Sequence[Image.Image], before: Drawn, after: Drawn, title: str) -> Image.Image:
     """Return the pictures of the subject and of other prompts, before and after, side by side."""
-    backgrounds = [f"on {background}" for background in SUBJECT_BACKGROUNDS]
+    backgrounds = [f"on {background}" for background in SUBJECT.backgrounds]
     captions = [scene.caption() for scene, _ in before.others.pairs[:SHOWN]]
     rows = [
         ("the subject: the pictures trained on", subject, backgrounds),

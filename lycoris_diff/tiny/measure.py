@@ -16,7 +16,7 @@ from diffusers import StableDiffusionPipeline
 from numpy.typing import NDArray
 from PIL import Image
 
-from .figures import INK, WHITE, Colour, draw_creature
+from .figures import INK, WHITE, Colour, Creature, draw_creature
 from .pixels import (
     Mask,
     Pixels,
@@ -218,26 +218,26 @@ def picture_distance(pictures: Sequence[Image.Image], others: Sequence[Image.Ima
     return float(np.mean([np.abs(np.asarray(one, np.float64) - np.asarray(other, np.float64)).mean() for one, other in pairs]))
 
 
-def subject_score(picture: Image.Image) -> float:
-    """Return how well `SUBJECT` is seen in `picture`, from 0 to 1.
+def subject_score(picture: Image.Image, creature: Creature = SUBJECT.creature) -> float:
+    """Return how well a subject's `creature` is seen in `picture`, from 0 to 1.
 
-    At every place and size the subject's figure is laid on the picture. A colour of it (the teal of the body, the orange of
-    bands and feet, the yellow of the tips) is found where the picture has it within one pixel of where the figure has it,
+    At every place and size the subject's figure is laid on the picture. A colour of it (that of the body, that of
+    bands and feet, that of the tips) is found where the picture has it within one pixel of where the figure has it,
     and is right where the figure has it within one pixel of where the picture has it; of both parts the harmonic mean is
     taken. What has the background's colour counts as background. The score is the geometric mean of the body's part and the
-    mean of the other two, at the best place: without a teal body, or with nothing but that, it is 0. Drawn subjects score
+    mean of the other two, at the best place: without a body, or with nothing but that, it is 0. Drawn subjects score
     nearly 1, blurred and noisy ones 0.9, creatures and shapes of the base model's training below 0.4, less than 0.1 on average.
     """
     lab = read_pixels(picture)
     away = np.linalg.norm(lab - border_colour(lab), axis=-1) > DIFFERENT
-    apart = distances(lab, to_lab([SUBJECT.body, SUBJECT.trim, SUBJECT.tips, WHITE, INK]))
+    apart = distances(lab, to_lab([creature.body, creature.trim, creature.tips, WHITE, INK]))
     nearest = apart.argmin(-1)
     seen = np.stack([away * (nearest == part) * np.clip((45 - apart[..., part]) / 20, 0, 1) for part in range(3)])
     edge = max(lab.shape[:2])
     size, total = (2 * edge, 2 * edge), np.maximum(seen.sum((1, 2)), 1e-9)[:, None, None]
     spectrum, near = np.fft.rfft2(seen, size), np.fft.rfft2([grown(part) for part in seen], size)
     best = 0.0
-    for figure, near_figure, sums in _subject_figures(edge):
+    for figure, near_figure, sums in _figures(creature, edge):
         found = np.fft.irfft2(near * figure, size).clip(0) / sums[:, None, None]
         right = np.fft.irfft2(spectrum * near_figure, size).clip(0) / total
         both = 2 * found * right / np.maximum(found + right, 1e-9)
@@ -245,15 +245,15 @@ def subject_score(picture: Image.Image) -> float:
     return min(1.0, math.sqrt(best))
 
 
-@lru_cache(maxsize=2)
-def _subject_figures(edge: int) -> list[tuple[Spectrum, Spectrum, Pixels]]:
-    """Return, for all sizes in a picture of `edge`, where the subject has its colours and where it has them within one pixel,
+@lru_cache(maxsize=4)
+def _figures(creature: Creature, edge: int) -> list[tuple[Spectrum, Spectrum, Pixels]]:
+    """Return, for all sizes in a picture of `edge`, where it has its three colours and where it has them within one pixel,
     both as conjugate spectra, and the sums of the former.
     """
     figures = []
     for size in range(3 * edge // 8, edge + 1, 2):
-        figure = np.asarray(draw_creature(SUBJECT, 4 * size))
-        masks = [(figure == (*colour, 255)).all(-1) for colour in (SUBJECT.body, SUBJECT.trim, SUBJECT.tips)]
+        figure = np.asarray(draw_creature(creature, 4 * size))
+        masks = [(figure == (*colour, 255)).all(-1) for colour in (creature.body, creature.trim, creature.tips)]
         parts = np.stack(masks).reshape(3, size, 4, size, 4).mean((2, 4))
         parts = np.pad(parts, [(0, 0), (1, 1), (1, 1)])
         spectra = [np.fft.rfft2(planes, (2 * edge, 2 * edge)).conj() for planes in (parts, [grown(part) for part in parts])]

@@ -1,0 +1,321 @@
+"""What the adapters' comparison says: means with intervals, places where they are certain, tables and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from benchmarking import MIB, machine, markdown_table
+from comparison import CONTENDERS, TAKES, Result, Run, read_pictures
+from rich.console import Console
+from rich.table import Table
+
+from lycoris_diff.tiny.charts import picture_rows
+from lycoris_diff.tiny.subject import SUBJECTS
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+RESAMPLED = 4000
+#: measure -> heading, whether more is better, whether it is a share
+MEASURES: dict[str, tuple[str, bool, bool]] = {
+    "learned": ("subject learned", True, True),
+    "following": ("prompt followed", True, True),
+    "kept": ("other prompts kept", True, True),
+    "copies": ("near copies", False, True),
+    "drift": ("drift of other prompts", False, False),
+}
+#: measures that are drawn in the chart of two axes: across and up
+PLANE = ("kept", "learned")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A mean with its 95 % interval, and the places that its owner may have.
+
+    Attributes:
+        mean, low, high: over all runs.
+        places: the best and the worst place that the measurements leave open, from 1; None without a ranking.
+    """
+
+    mean: float
+    low: float
+    high: float
+    places: tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All of one contender's results.
+
+    Attributes:
+        contender: its name.
+        learning_rate: with which it was trained.
+        spreads: of every one of `MEASURES`.
+        parameters, bytes: as in `Result`.
+        seconds, peak: medians over the runs.
+        runs: how many there are.
+    """
+
+    contender: str
+    learning_rate: float
+    spreads: dict[str, Spread]
+    parameters: int
+    bytes: int
+    seconds: float
+    peak: float
+    runs: int
+
+
+def summarize(results: Mapping[Run, Result], ranked: bool) -> list[Summary]:
+    """Return a summary of every contender, the one that learned most first.
+
+    Args:
+        results: of runs with every contender on the same subjects and seeds.
+        ranked: whether there are enough seeds for places.
+
+    Raises:
+        ValueError: contenders with different subjects or seeds.
+    """
+    cells: dict[str, dict[tuple[str, int], tuple[Run, Result]]] = {}
+    for run, result in results.items():
+        cells.setdefault(run.contender, {})[run.subject, run.seed] = run, result
+    keys = next(iter(cells.values())).keys()
+    for name, own in cells.items():
+        if own.keys() != keys:
+            raise ValueError(f"{name} has runs on {sorted(own)}, the others on {sorted(keys)}; expected the same for all")
+    picked = resamples(sorted(keys))
+    spreads: dict[str, dict[str, Spread]] = {name: {} for name in cells}
+    for measure, (_, more, _) in MEASURES.items():
+        values = {name: np.array([getattr(own[key][1], measure) for key in sorted(keys)]) for name, own in cells.items()}
+        for name, own in values.items():
+            low, high = np.percentile(own[picked].mean(1), (2.5, 97.5))
+            places = places_of(name, values, picked, more) if ranked else None
+            spreads[name][measure] = Spread(float(own.mean()), float(low), float(high), places)
+    summaries = [_summary(name, list(own.values()), spreads[name]) for name, own in cells.items()]
+    return sorted(summaries, key=lambda summary: -summary.spreads["learned"].mean)
+
+
+def resamples(keys: Sequence[tuple[str, int]]) -> np.ndarray:
+    """Return bootstrap samples as indices into `keys`, pairs of subject and seed: seeds are drawn anew, subjects stay."""
+    generator = np.random.default_rng(0)
+    subjects = [subject for subject, _ in keys]
+    groups = [np.flatnonzero([each == subject for each in subjects]) for subject in dict.fromkeys(subjects)]
+    return np.concatenate([generator.choice(group, (RESAMPLED, len(group))) for group in groups], axis=1)
+
+
+def places_of(name: str, values: Mapping[str, np.ndarray], picked: np.ndarray, more: bool) -> tuple[int, int]:
+    """Return the best and the worst place that one contender may have.
+
+    Another one is ahead, or behind, only if the 99 % interval of the differences in the same subjects and seeds leaves out 0:
+    there are many pairs.
+    """
+    ahead = behind = 0
+    for other, theirs in values.items():
+        difference = (theirs - values[name])[picked].mean(1) * (1 if more else -1)
+        low, high = np.percentile(difference, (0.5, 99.5))
+        ahead += bool(low > 0)
+        behind += bool(high < 0) and other != name
+    return 1 + ahead, len(values) - behind
+
+
+def _summary(name: str, runs: Sequence[tuple[Run, Result]], spreads: dict[str, Spread]) -> Summary:
+    results = [result for _, result in runs]
+    return Summary(
+        name,
+        runs[0][0].learning_rate,
+        spreads,
+        results[0].parameters,
+        results[0].bytes,
+        float(np.median([result.seconds for result in results])),
+        float(np.median([result.peak for result in results])),
+        len(results),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def write_report(
+    summaries: Sequence[Summary],
+    searches: Mapping[Run, Result],
+    results: Mapping[Run, Result],
+    root: Path,
+    document: Path | None,
+) -> None:
+    """Print the table; write the document and its pictures if one is named."""
+    rows = [row(summary) for summary in summaries]
+    table = Table(*HEADERS, title="which adapter?")
+    for cells in rows:
+        table.add_row(*cells)
+    Console().print(table)
+    if document is None:
+        return
+    images = document.parent / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    measure_chart(summaries, images / "adapters-measures.png")
+    plane_chart(summaries, images / "adapters-plane.png")
+    picture_sheet(results, root, images / "adapters-pictures.png")
+    document.write_text(page(summaries, searches, results, rows), encoding="utf-8")
+
+
+HEADERS = ["adapter", "learning rate", *[f"{title}, place" for title, _, _ in MEASURES.values()]]
+HEADERS += ["parameters", "file KiB", "s / step", "peak MiB"]
+
+
+def row(summary: Summary) -> list[str]:
+    """Return one line of the table, under `HEADERS`."""
+    return [
+        CONTENDERS[summary.contender].title,
+        f"{summary.learning_rate:.1e}",
+        *[_cell(summary.spreads[name], share) for name, (_, _, share) in MEASURES.items()],
+        f"{summary.parameters:,}",
+        f"{summary.bytes / 1024:,.0f}",
+        f"{summary.seconds:.2f}",
+        f"{summary.peak / MIB:,.0f}",
+    ]
+
+
+def _cell(spread: Spread, share: bool) -> str:
+    scale, unit = (100, " %") if share else (1, "")
+    text = f"{scale * spread.mean:.0f}{unit} ({scale * spread.low:.0f}-{scale * spread.high:.0f})"
+    if spread.places is None:
+        return text
+    best, worst = spread.places
+    return f"{text}, {best}." if best == worst else f"{text}, {best}.-{worst}."
+
+
+def page(
+    summaries: Sequence[Summary],
+    searches: Mapping[Run, Result],
+    results: Mapping[Run, Result],
+    rows: Sequence[Sequence[str]],
+) -> str:
+    """Return the document."""
+    some = next(iter(searches))
+    rates = sorted({run.learning_rate / CONTENDERS[run.contender].recipe.learning_rate for run in searches})
+    quality = [
+        [
+            CONTENDERS[summary.contender].title,
+            *[
+                f"**{text}**" if run.learning_rate == summary.learning_rate else text
+                for run, result in searches.items()
+                if run.contender == summary.contender
+                for text in [f"{result.quality:.2f} at {run.learning_rate:.1e}"]
+            ],
+        ]
+        for summary in summaries
+    ]
+    return PAGE.format(
+        runs=summaries[0].runs,
+        subjects=len({run.subject for run in results}),
+        seeds=len({run.seed for run in results}),
+        steps=some.steps,
+        searched=some.subject,
+        takes=TAKES,
+        table=markdown_table(HEADERS, rows),
+        rates=markdown_table(["adapter", *[f"{rate:g} x recipe" for rate in rates]], quality),
+        machine="; ".join(f"{name}: {value}" for name, value in machine().items()),
+    )
+
+
+PAGE = """# Adapters compared
+
+`python scripts/compare_adapters.py --markdown docs/adapters-compared.md` wrote this page: every adapter trained by the same
+loop on the embedded base model, and measured in the pixels of what it draws. It says what these adapters do to this small
+model in {steps} steps, with sizes as in `lycoris_diff/tiny/recipes.py`; a large model may order them otherwise.
+
+![What each adapter learns and keeps](images/adapters-measures.png)
+
+{table}
+
+Means over {runs} runs ({subjects} drawn creatures, {seeds} seeds) with 95 % bootstrap intervals. After the comma, the places
+that are left open: another adapter is ahead only where the 99 % interval of the differences, subject by subject and seed by
+seed, leaves out zero. "1.-9." means that nothing more can be said.
+
+- *Subject learned*: 0 % is what the base model draws for the prompt, 100 % what the autoencoder can show of the drawn pictures.
+- *Prompt followed*: of the subject's pictures ({takes} on each of six backgrounds, one of which was not in training), those
+  with the background asked for.
+- *Other prompts kept*: backgrounds, colours and shapes that are as asked, of those that were before; *drift*: how much the
+  pixels of these pictures changed, of 255.
+- *Near copies*: of the subject's pictures, those that are nearer to a training picture than 19 of 20 fresh drawings are.
+- *File*: the kohya file where the adapter has one, else the PEFT directories. *Peak*: memory of the process while it trains,
+  beyond what it had before.
+
+![Learned and kept](images/adapters-plane.png)
+
+![What they draw](images/adapters-pictures.png)
+
+## Learning rates
+
+Each adapter was first trained on a subject that is not compared ("{searched}"), with a few rates; the best one, by the harmonic
+mean of learned, followed and kept, was taken.
+
+{rates}
+
+{machine}. Seconds and memory are of one thread, with other runs beside it.
+"""
+
+
+# -------------------------------------------------------------------------------------------------------------- charts
+
+
+def measure_chart(summaries: Sequence[Summary], path: Path) -> None:
+    """Draw a panel for every measure: contenders one below the other, means with intervals."""
+    figure, axes = plt.subplots(1, len(MEASURES), figsize=(13, 0.32 * len(summaries) + 1.3), sharey=True, layout="constrained")
+    for axis, (measure, (title, more, share)) in zip(axes, MEASURES.items()):
+        for place, summary in enumerate(summaries):
+            spread = summary.spreads[measure]
+            scale = 100 if share else 1
+            bars = [[scale * (spread.mean - spread.low)], [scale * (spread.high - spread.mean)]]
+            colour = _colour(summary.contender)
+            axis.errorbar([scale * spread.mean], [place], xerr=bars, fmt="o", ms=5, lw=1.5, color=colour)
+        axis.set_title(f"{title}{', %' if share else ''}\n({'more' if more else 'less'} is better)", fontsize=9)
+        axis.grid(axis="x", color="#e3e6eb")
+        axis.spines[["top", "right", "left"]].set_visible(False)
+        axis.tick_params(axis="y", length=0)
+    axes[0].set_yticks(range(len(summaries)), [CONTENDERS[summary.contender].title for summary in summaries])
+    axes[0].set_ylim(len(summaries) - 0.5, -0.5)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def plane_chart(summaries: Sequence[Summary], path: Path) -> None:
+    """Draw every contender by two measures, as large as its parameters."""
+    across, up = PLANE
+    figure, axis = plt.subplots(figsize=(8, 6), layout="constrained")
+    for summary in summaries:
+        x, y = 100 * summary.spreads[across].mean, 100 * summary.spreads[up].mean
+        colour = _colour(summary.contender)
+        axis.scatter([x], [y], s=24 + 12 * np.log2(summary.parameters / 10_000 + 1), color=colour, alpha=0.75)
+        axis.annotate(CONTENDERS[summary.contender].title, (x, y), (6, 4), textcoords="offset points", fontsize=8)
+    axis.set_xlabel(f"{MEASURES[across][0]}, %")
+    axis.set_ylabel(f"{MEASURES[up][0]}, %")
+    axis.set_title("means; dots grow with the number of parameters", fontsize=9, loc="left")
+    axis.grid(color="#e3e6eb")
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _colour(contender: str) -> str:
+    if CONTENDERS[contender].peft:
+        return "#c2541b"
+    return "#20242c" if contender == "full" else "#1f5fbf"
+
+
+def picture_sheet(results: Mapping[Run, Result], root: Path, path: Path) -> None:
+    """Lay out what every contender draws of one subject with one seed, a row each, a picture a background."""
+    first = next(iter(results))
+    rows = []
+    for run, result in results.items():
+        if (run.subject, run.seed) == (first.subject, first.seed):
+            pictures = read_pictures(run.folder(root) / "pictures")[::TAKES]
+            label = f"{CONTENDERS[run.contender].title}: learned {result.learned:.0%}"
+            rows.append((label, pictures, [] if rows else [f"on {name}" for name in SUBJECTS[run.subject].backgrounds]))
+    photos = read_pictures(first.folder(root) / "photos")
+    picture_rows([("trained on", photos, []), *rows], "the same prompts and noise", cell=72).save(path)

@@ -1,0 +1,151 @@
+"""The comparison of adapters: what its measures say of pictures made for it, when it ranks, and a short run of it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lycoris_diff.tiny.subject import SUBJECTS, draw_subject
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+pytest.importorskip("lycoris")
+pytest.importorskip("matplotlib")
+pytest.importorskip("peft")
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import compare_adapters
+    import comparison
+    import comparison_report
+
+    yield {"main": compare_adapters, "runs": comparison, "report": comparison_report}
+    for name in [name for name in sys.modules if name.startswith(("compar", "benchmark"))]:
+        del sys.modules[name]
+
+
+def result(scripts, **changes):
+    values = {name: 0.5 for name in ("learned", "following", "kept", "drift", "copies", "leaked", "seconds")}
+    return scripts["runs"].Result(**{**values, "parameters": 10, "bytes": 2048, "peak": 2**20, **changes})
+
+
+def results(scripts, learned):
+    """Runs of two subjects and three seeds; `learned` gives a contender's six values."""
+    keys = [(subject, seed) for subject in ("lime", "wine") for seed in range(3)]
+    return {
+        scripts["runs"].Run(name, subject, seed, 1e-3, 4): result(scripts, learned=value)
+        for name, values in learned.items()
+        for (subject, seed), value in zip(keys, values, strict=True)
+    }
+
+
+class TestRanking:
+    def test_what_is_certain_has_a_place(self, scripts):
+        found = results(
+            scripts,
+            {"lora": [0.9, 0.8, 0.85, 0.6, 0.5, 0.55], "lokr": [0.7, 0.6, 0.66, 0.4, 0.31, 0.34], "loha": [0.1] * 6},
+        )
+        summaries = scripts["report"].summarize(found, ranked=True)
+        assert [summary.contender for summary in summaries] == ["lora", "lokr", "loha"]
+        # the subjects differ more than the adapters: only pairs of the same subject and seed tell
+        assert [summary.spreads["learned"].places for summary in summaries] == [(1, 1), (2, 2), (3, 3)]
+        assert summaries[0].spreads["learned"].mean == pytest.approx(0.7)
+        assert summaries[0].spreads["learned"].low < 0.7 < summaries[0].spreads["learned"].high
+
+    def test_what_overlaps_has_none(self, scripts):
+        found = results(
+            scripts, {"lora": [0.9, 0.5, 0.7, 0.6, 0.8, 0.7], "lokr": [0.6, 0.8, 0.7, 0.7, 0.6, 0.7], "loha": [0.1] * 6}
+        )
+        places = {s.contender: s.spreads["learned"].places for s in scripts["report"].summarize(found, ranked=True)}
+        assert places == {"lora": (1, 2), "lokr": (1, 2), "loha": (3, 3)}
+
+    def test_less_may_be_better(self, scripts):
+        report = scripts["report"]
+        values = {"a": np.full(4, 1.0), "b": np.full(4, 2.0)}
+        picked = report.resamples([("x", 0), ("x", 1), ("y", 0), ("y", 1)])
+        assert report.places_of("a", values, picked, more=False) == (1, 1)
+        assert report.places_of("a", values, picked, more=True) == (2, 2)
+
+    def test_subjects_stay_in_resamples(self, scripts):
+        picked = scripts["report"].resamples([("x", 0), ("x", 1), ("y", 0)])
+        assert set(picked[:, :2].flat) == {0, 1} and set(picked[:, 2]) == {2}
+
+    def test_two_seeds_are_not_ranked(self, scripts):
+        found = results(scripts, {"lora": [0.9] * 6, "lokr": [0.1] * 6})
+        assert all(s.spreads["learned"].places is None for s in scripts["report"].summarize(found, ranked=False))
+
+    def test_other_subjects_are_refused(self, scripts):
+        found = results(scripts, {"lora": [0.9] * 6, "lokr": [0.1] * 6})
+        del found[next(run for run in found if run.contender == "lokr")]
+        with pytest.raises(ValueError, match="expected the same for all"):
+            scripts["report"].summarize(found, ranked=True)
+
+
+class TestMeasures:
+    def test_a_copy_is_nearer_than_fresh_drawings(self, scripts):
+        runs, subject = scripts["runs"], SUBJECTS["wine"]
+        photos = [draw_subject(seed=seed, subject=subject) for seed in range(5)]
+        limit = runs.copy_distance(subject, 0, photos)
+        noise = np.random.default_rng(0).integers(-3, 4, (64, 64, 3))
+        copy = Image.fromarray((np.asarray(photos[0], np.int16) + noise).clip(0, 255).astype(np.uint8))
+        assert runs.nearest(copy, photos) < limit
+        fresh = [runs.nearest(draw_subject(seed=seed, subject=subject), photos) < limit for seed in range(20, 80)]
+        assert np.mean(fresh) < 0.2
+
+    def test_quality_needs_all_three(self, scripts):
+        assert result(scripts, learned=0.9, following=0.9, kept=0.9).quality == pytest.approx(0.9)
+        assert result(scripts, learned=-0.1, following=1, kept=1).quality < 0.01
+        assert (
+            result(scripts, learned=0.9, following=1, kept=0.3).quality
+            < result(scripts, learned=0.7, following=0.8, kept=0.8).quality
+        )
+
+    def test_prompts_name_a_background_each(self, scripts):
+        runs, subject = scripts["runs"], SUBJECTS["lime"]
+        prompts, seeds = runs.prompts_of(subject, 1)
+        assert len(prompts) == runs.TAKES * len(subject.backgrounds) == len(set(seeds))
+        assert all(f"on a {name} background" in prompt for name, prompt in zip(subject.backgrounds, prompts[:: runs.TAKES]))
+
+
+@pytest.mark.slow
+def test_a_short_comparison(scripts, tmp_path, monkeypatch):
+    """Our LoRA and PEFT's, one step: what is kept is not done again, PEFT trains from the same start, the page is whole."""
+    monkeypatch.setenv("PYTHONPATH", str(SCRIPTS))
+    page, out = tmp_path / "docs" / "page.md", tmp_path / "out"
+    page.parent.mkdir()
+    given = [
+        "--adapters",
+        "lora",
+        "peft-lora",
+        "--subjects",
+        "lime",
+        "--seeds",
+        "0",
+        "--steps",
+        "1",
+        "--grid",
+        "1",
+        "--jobs",
+        "1",
+    ]
+    given += ["--out", str(out), "--markdown", str(page)]
+    scripts["main"].main(given)
+    kept = sorted(out.glob("*/*/result.json"))
+    assert [path.parent.parent.name for path in kept] == ["lora", "lora", "peft-lora", "peft-lora"]
+    ours, theirs = (json.loads(kept[index].read_text())["result"] for index in (0, 2))
+    assert ours["parameters"] == theirs["parameters"] > 0 and theirs["bytes"] > 0
+    assert abs(ours["learned"] - theirs["learned"]) < 0.05 and 0.9 < ours["kept"] < 1.1
+    times = [path.stat().st_mtime_ns for path in kept]
+    monkeypatch.setattr(scripts["main"], "execute", lambda run, root: pytest.fail(f"{run} is done already"))
+    scripts["main"].main(given)
+    assert times == [path.stat().st_mtime_ns for path in kept]
+    text = page.read_text()
+    assert text.count("| LoRA, PEFT's |") == 2 and "place" in text and "{" not in text
+    pictures = sorted(path.name for path in (page.parent / "images").glob("*.png"))
+    assert pictures == ["adapters-measures.png", "adapters-pictures.png", "adapters-plane.png"]
