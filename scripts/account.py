@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from benchmark_models import WORKLOADS
-from benchmarking import ALGORITHMS, write_section
+from benchmarking import ALGORITHMS, markdown_table, write_section
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -128,8 +128,7 @@ def main(arguments: list[str] | None = None) -> None:
         table.add_row(*line)
     Console().print(table)
     if options.markdown:
-        rows = [HEADERS, ["---"] * len(HEADERS), *lines]
-        write_section(options.markdown, MARKERS, TITLE, "\n".join("| " + " | ".join(row) + " |" for row in rows))
+        write_section(options.markdown, MARKERS, TITLE, markdown_table(HEADERS, lines))
 
 
 if __name__ == "__main__":

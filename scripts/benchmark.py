@@ -4,8 +4,10 @@
 For every model, set of targets and algorithm all contenders run interleaved in one process over the same base weights: in each
 round everyone takes one training step (forward, backward with the gradient to the input, AdamW) and one forward under
 `no_grad`, in an order that rotates and is reversed in every other round. Reported are medians of the ratios to the frozen
-base of the same round with 95 % bootstrap intervals; one wider than +-3 % is marked "?" after `--most-rounds`. Peak memory is
-that of a process of its own (`--memory`).
+base of the same round with 95 % bootstrap intervals; one wider than +-3 % is marked "?". Ours is measured until it is not, at
+most in `--most-rounds`, peers in `--rounds`. A peer whose
+step is more than a quarter away from ours after five rounds is measured no longer. Peak memory is that of a process of its
+own (`--memory`).
 
     python scripts/benchmark.py --models sd15-32 --targets attention --memory
     python scripts/benchmark.py --device cuda --dtypes float32 bfloat16
@@ -19,19 +21,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import statistics
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
 from benchmark_models import CONTENDERS, WORKLOADS, Contender, make
-from benchmarking import ALGORITHMS, MIB, Ratio, machine, order, write_section
+from benchmarking import ALGORITHMS, MIB, Ratio, machine, markdown_table, order, prepare_process, write_section
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -41,6 +42,9 @@ MARKERS = ("<!-- benchmark: begin -->", "<!-- benchmark: end -->")
 TITLE = "## Whole models"
 ADAPTED = [name for name in CONTENDERS if name != "base"]
 WARMUP = 2
+FORWARDS = 15  # rounds with a forward pass of its own
+FIRST = 5  # rounds after which a peer this far from us is judged: nothing that follows could change who is ahead
+FAR = 1.25
 #: what is aimed at, by model, targets and algorithm: time of a step, and MiB kept for backward, beyond the base's
 TARGETS: dict[tuple[str, str, str], tuple[float | None, float | None]] = {
     ("sd15-32", "attention", "lora"): (1.05, None),
@@ -81,7 +85,7 @@ class Row:
 
     Attributes:
         case: of what.
-        rounds: how many were measured.
+        rounds: how many were measured of the base and ours.
         parameters: trained ones.
         base_seconds: of the frozen base's step, median.
         step: of the training step to the base's.
@@ -103,9 +107,7 @@ class Row:
 def main(arguments: list[str] | None = None) -> None:
     """Measure what was asked for and report it."""
     options = parse(arguments)
-    torch.set_num_threads(options.threads)
-    warnings.simplefilter("ignore")  # the peers'
-    logging.disable(logging.WARNING)
+    prepare_process(options.threads, keep_memory=not options.peak_of)
     if options.peak_of:
         print(peak_bytes(Case(*options.peak_of[:-1]), options.peak_of[-1]))
         return
@@ -123,12 +125,20 @@ def main(arguments: list[str] | None = None) -> None:
         for case in cases:
             progress.update(task, description=" ".join((case.model, case.targets, case.algorithm, case.dtype)))
             if case not in rows:
-                rows[case] = measure(case, options.contenders, options.rounds, options.most_rounds, options.memory)
-                if options.json:  # hours of work are kept if it is interrupted
-                    report = {"machine": machine(options.device), "rows": [asdict(row) for row in rows.values()]}
-                    options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+                rows[case] = measure(case, options.contenders, options.rounds, options.most_rounds)
+                keep(rows, options)
+            if options.memory and not rows[case].peak:
+                rows[case] = replace(rows[case], peak=peaks(case, options.contenders))
+                keep(rows, options)
             progress.advance(task)
     report_rows(sorted(rows.values(), key=rank), options)
+
+
+def keep(rows: Mapping[Case, Row], options: argparse.Namespace) -> None:
+    """Write what was measured so far: hours of work are kept if the rest is interrupted."""
+    if options.json:
+        report = {"machine": machine(options.device), "rows": [asdict(row) for row in rows.values()]}
+        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def earlier(path: Path | None, device: str) -> dict[Case, Row]:
@@ -170,7 +180,7 @@ def report_rows(rows: list[Row], options: argparse.Namespace) -> None:
 # -------------------------------------------------------------------------------------------------------- measurement
 
 
-def measure(case: Case, names: list[str], rounds: int, most_rounds: int, memory: bool) -> Row:
+def measure(case: Case, names: list[str], rounds: int, most_rounds: int) -> Row:
     """Run the contenders of one case until the intervals of all are narrow, at most `most_rounds` rounds."""
     contenders = {name: contender for name in ("base", *names) if (contender := case.contender(name)) is not None}
     others = [name for name in contenders if name != "base"]
@@ -182,21 +192,22 @@ def measure(case: Case, names: list[str], rounds: int, most_rounds: int, memory:
         gradient = torch.randn_like(contenders["base"].forward(call))
     steps: dict[str, list[float]] = {name: [] for name in contenders}
     forwards: dict[str, list[float]] = {name: [] for name in contenders}
+    running = list(contenders)
     for index in range(WARMUP + most_rounds):
-        for name in order(list(contenders), index):
-            step, forward = times(contenders[name], call, gradient, case.device)
+        for name in order(running, index):
+            step, forward = times(contenders[name], call, gradient, case.device, index < WARMUP + FORWARDS)
             if index >= WARMUP:
                 steps[name].append(step)
-                forwards[name].append(forward)
+                forwards[name] += [] if forward is None else [forward]
         done = index + 1 - WARMUP
-        ratios = {name: Ratio.of(steps[name], steps["base"]) for name in others} if done >= rounds else {}
-        if ratios and all(ratio.conclusive for ratio in ratios.values()):
-            break
+        if done == FIRST and "ours" in contenders:
+            running = [name for name in running if name == "base" or not far(steps[name], steps["ours"])]
+        if done >= rounds:
+            judged = "ours" if "ours" in running else others[0]
+            running = ["base", judged]
+            if Ratio.of(steps[judged], steps["base"]).conclusive:
+                break
     saved = {name: contender.saved_bytes(call) for name, contender in contenders.items()}
-    peak: dict[str, int] = {}
-    if memory:
-        peaks = {name: peak_in_child(case, name) for name in contenders}
-        peak = {name: peaks[name] - peaks["base"] for name in others}
     return Row(
         case,
         len(steps["base"]),
@@ -205,16 +216,26 @@ def measure(case: Case, names: list[str], rounds: int, most_rounds: int, memory:
         {name: Ratio.of(steps[name], steps["base"]) for name in others},
         {name: Ratio.of(forwards[name], forwards["base"]) for name in others},
         {name: saved[name] - saved["base"] for name in others},
-        peak,
+        {},
     )
 
 
-def times(contender: Contender, call: Mapping[str, Tensor], gradient: Tensor, device: str) -> tuple[float, float]:
-    """Return the seconds of a training step and of a forward without gradients; clearing gradients is not measured."""
+def far(values: list[float], ours: list[float]) -> bool:
+    """Whether a peer's steps are so much slower or faster than ours that more rounds would tell nothing."""
+    ratio = Ratio.of(values, ours)
+    return ratio.low > FAR or ratio.high < 1 / FAR
+
+
+def times(
+    contender: Contender, call: Mapping[str, Tensor], gradient: Tensor, device: str, forward: bool
+) -> tuple[float, float | None]:
+    """Return the seconds of a training step and, if asked for, of a forward without gradients; clearing is not measured."""
     contender.clear(call)
     start = now(device)
     contender.step(call, gradient)
     middle = now(device)
+    if not forward:
+        return middle - start, None
     with torch.no_grad():
         contender.forward(call)
     return middle - start, now(device) - middle
@@ -227,6 +248,13 @@ def now(device: str) -> float:
     return time.perf_counter()
 
 
+def peaks(case: Case, names: list[str]) -> dict[str, int]:
+    """Return each contender's peak memory beyond the base's."""
+    base = peak_in_child(case, "base")
+    return {name: peak_in_child(case, name) - base for name in names if case.contender(name) is not None}
+
+
+@cache
 def peak_in_child(case: Case, name: str) -> int:
     """Return the peak of a process that does nothing but two steps of one contender."""
     command = [sys.executable, __file__, "--threads", str(torch.get_num_threads()), "--peak-of", *asdict(case).values(), name]
@@ -306,7 +334,6 @@ def panels(rows: list[Row]) -> dict[str, dict[str, dict[str, Ratio]]]:
 
 def markdown(rows: list[Row], device: str) -> str:
     """Return the section of the document: machine, how to read the table, the table."""
-    table = [HEADERS, ["---"] * len(HEADERS), *map(cells, rows)]
     return "\n".join(
         [
             *(f"- {name}: {value}" for name, value in machine(device).items()),
@@ -315,8 +342,9 @@ def markdown(rows: list[Row], device: str) -> str:
             "`x`: time relative to the frozen base model, median (95 % interval) of the ratios within a round; `?`: the",
             "interval is wider than 3 % on a side, inconclusive. A step is forward, backward and AdamW. Saved MiB are kept for",
             "backward, peak MiB is the highest memory of a process of its own, both beyond the base model's.",
+            f"A peer more than a quarter slower or faster than we are after {FIRST} rounds was measured in these only.",
             "",
-            *("| " + " | ".join(line) + " |" for line in table),
+            markdown_table(HEADERS, map(cells, rows)),
         ]
     )
 
@@ -331,8 +359,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--contenders", nargs="+", default=ADAPTED, choices=ADAPTED, metavar="NAME")
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "bfloat16"])
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=15, help="fewest measured rounds (default: %(default)s)")
-    parser.add_argument("--most-rounds", type=int, default=40, help="most of them (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=15, help="measured rounds (default: %(default)s)")
+    parser.add_argument("--most-rounds", type=int, default=40, help="of ours, until it is certain (default: %(default)s)")
     parser.add_argument("--memory", action="store_true", help="measure peak memory too, a process a contender")
     parser.add_argument("--threads", type=int, default=2, help="of torch on the CPU (default: %(default)s)")
     parser.add_argument(

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import argparse
 import time
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import peft
 import torch
-from benchmarking import ALGORITHMS, fill_factors, machine, write_section
+from benchmarking import ALGORITHMS, fill_factors, machine, markdown_table, prepare_process, write_section
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -96,18 +95,15 @@ def main() -> None:
     parser.add_argument("--algos", nargs="+", default=["lora", "lokr", "loha", "miss", "shira", "dora"], choices=ALGORITHMS)
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="renew the section of this document")
     options = parser.parse_args()
-    warnings.simplefilter("ignore")  # the peers'
-    torch.set_num_threads(1)
+    prepare_process(threads=1)
     rows = [[name, *(f"{value:.0f}" for value in measure(name))] for name in options.algos]
     table = Table("algorithm", *HEADERS, title=f"Microseconds, {WIDTH} x {WIDTH}, {TOKENS} tokens")
     for row in rows:
         table.add_row(*row)
     Console().print(table)
     if options.markdown:
-        lines = [["algorithm", *HEADERS], ["---"] * (1 + len(HEADERS)), *rows]
-        text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
         note = f"Microseconds, {WIDTH} x {WIDTH} with {TOKENS} tokens, one thread, {machine()['CPU']}."
-        write_section(options.markdown, MARKERS, TITLE, f"{note}\n\n{text}")
+        write_section(options.markdown, MARKERS, TITLE, f"{note}\n\n{markdown_table(['algorithm', *HEADERS], rows)}")
 
 
 if __name__ == "__main__":

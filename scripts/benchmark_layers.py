@@ -15,12 +15,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import math
 import os
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -32,7 +30,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import lycoris
 import peft
 import torch
-from benchmarking import ALGORITHMS, MIB, Algorithm, fill_factors, machine, order, saved_bytes, write_section
+from benchmarking import (
+    ALGORITHMS,
+    MIB,
+    Algorithm,
+    fill_factors,
+    machine,
+    markdown_table,
+    order,
+    prepare_process,
+    saved_bytes,
+    write_section,
+)
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -292,7 +301,6 @@ def _yes(met: bool) -> str:
 
 def markdown(rows: list[Row], rounds: int) -> str:
     """The section of the document: machine, how to read the table, the table."""
-    table = [HEADERS, ["---"] * len(HEADERS), *map(cells, rows)]
     lines = [
         *(f"- {name}: {value}" for name, value in machine().items()),
         f"- float32, {rounds} interleaved rounds; `make bench` renews this section",
@@ -302,7 +310,7 @@ def markdown(rows: list[Row], rounds: int) -> str:
         "same under `no_grad`, median. Saved MiB are kept for backward beyond what the base layer keeps; their target is",
         "the layer's input plus 2 MiB. Convolutions are 3x3, LoKr and LoHa have a Tucker core there.",
         "",
-        *("| " + " | ".join(line) + " |" for line in table),
+        markdown_table(HEADERS, map(cells, rows)),
     ]
     return "\n".join(lines)
 
@@ -326,9 +334,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Measure what was asked for and report it."""
     options = parse(arguments)
-    torch.set_num_threads(options.threads)
-    warnings.simplefilter("ignore")  # the peers'
-    logging.disable(logging.WARNING)
+    prepare_process(options.threads)
     cases = [case for case in CASES if any(text in str(case) for text in options.cases)]
     runs = [(c, a) for c in cases for a in options.algos if ALGORITHMS[a].conv or c.kind == "linear"]
     console, rows = Console(), []

@@ -84,7 +84,7 @@ def _sd15() -> nn.Module:
 
 
 def _sdxl() -> nn.Module:
-    return Stack([BasicTransformerBlock(1280, 20, 64, cross_attention_dim=2048) for _ in range(4)])
+    return Stack([BasicTransformerBlock(1280, 20, 64, cross_attention_dim=2048) for _ in range(2)])
 
 
 def _flux() -> nn.Module:
@@ -110,6 +110,7 @@ WORKLOADS = {
     "sd15-32": Workload(_sd15, partial(_latents, 32), "sample", _UNET),
     "sd15-64": Workload(_sd15, partial(_latents, 64), "sample", _UNET),
     "sdxl-stack": Workload(_sdxl, partial(_tokens, 1024, 77, 1280, 2048), "hidden_states", {"attention": TRANSFORMER}),
+    "sdxl-stack-512": Workload(_sdxl, partial(_tokens, 256, 77, 1280, 2048), "hidden_states", {"attention": TRANSFORMER}),
     "flux-stack": Workload(
         _flux, partial(_tokens, 1024, 512, 3072, 3072, True), "hidden_states", {"attention": FLUX, "all": (*FLUX, *FLUX_MLP)}
     ),

@@ -12,11 +12,9 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import logging
 import statistics
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +23,7 @@ from typing import Any
 import peft
 import torch
 from benchmark_models import WORKLOADS, base_model, shared
-from benchmarking import ALGORITHMS, Ratio, fill_factors, machine, order, write_section
+from benchmarking import ALGORITHMS, Ratio, fill_factors, machine, markdown_table, order, prepare_process, write_section
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -60,9 +58,7 @@ class Row:
 def main(arguments: list[str] | None = None) -> None:
     """Measure what was asked for and report it."""
     options = parse(arguments)
-    torch.set_num_threads(options.threads)
-    warnings.simplefilter("ignore")  # the peers'
-    logging.disable(logging.WARNING)
+    prepare_process(options.threads)
     cases = [
         (model, targets, algorithm)
         for model in options.models
@@ -159,7 +155,6 @@ def cells(row: Row) -> list[str]:
 
 def markdown(rows: list[Row], rounds: int) -> str:
     """Return the section of the document: machine, how to read the table, the table."""
-    table = [HEADERS, ["---"] * len(HEADERS), *map(cells, rows)]
     return "\n".join(
         [
             *(f"- {name}: {value}" for name, value in machine().items()),
@@ -171,7 +166,7 @@ def markdown(rows: list[Row], rounds: int) -> str:
             "time of the fused model's forward relative to the base model's, median (95 % interval); `?`: wider than 3 % on",
             "a side.",
             "",
-            *("| " + " | ".join(line) + " |" for line in table),
+            markdown_table(HEADERS, map(cells, rows)),
         ]
     )
 

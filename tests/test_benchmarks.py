@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import platform
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -41,6 +43,8 @@ def scripts(monkeypatch):
     tiny = benchmark_models.Workload(unet, inputs, "sample", benchmark_models.WORKLOADS["sd15-32"].targets)
     monkeypatch.setitem(benchmark_models.WORKLOADS, "tiny", tiny)
     threads = torch.get_num_threads()
+    for module in (benchmark, benchmark_operations):  # silence and the allocator's settings would stay for other tests
+        monkeypatch.setattr(module, "prepare_process", lambda threads, keep_memory=True: torch.set_num_threads(threads))
     yield {"models": benchmark, "operations": benchmark_operations}
     torch.set_num_threads(threads)
     for name in [name for name in sys.modules if name.startswith("benchmark")]:
@@ -60,7 +64,7 @@ REST = [(name, targets) for name in PEERS for targets in ("attention", "conv") i
 def test_contenders_are_equally_large(scripts, algorithm, targets):
     """`measure` refuses what is not; every library that has an algorithm there takes part."""
     names = ["ours", "PEFT", "LyCORIS", "LyCORIS bypass"]
-    row = scripts["models"].measure(case(scripts, targets, algorithm), names, 1, 1, False)
+    row = scripts["models"].measure(case(scripts, targets, algorithm), names, 1, 1)
     assert row.parameters["ours"] > 0
     everywhere = scripts["models"].ALGORITHMS[algorithm].conv or targets == "attention"
     assert len(row.step) == PEERS[algorithm] - (not everywhere)
@@ -79,6 +83,35 @@ def test_contenders_compute_the_same_base(scripts):
             for parameter in contender.trainable:
                 parameter.zero_()
             torch.testing.assert_close(contender.forward(call), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_far_peers_are_measured_less(scripts, monkeypatch):
+    models = scripts["models"]
+    assert models.far([2.0] * 5, [1.0] * 5) and models.far([1.0] * 5, [2.0] * 5)
+    assert not models.far([1.2] * 5, [1.0] * 5) and not models.far([1.1, 9, 9, 1.1, 1.1], [1.0] * 5)
+    monkeypatch.setattr(models, "far", lambda values, ours: values is not ours)
+    row = models.measure(case(scripts, "attention", "lora"), ["ours", "PEFT"], 7, 7)
+    assert row.step["PEFT"].rounds == models.FIRST < row.step["ours"].rounds == row.rounds == 7
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
+def test_freed_memory_is_kept():
+    program = """
+import resource, torch
+from benchmarking import prepare_process
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+given_back = faults()
+prepare_process(1)
+faults()
+assert torch.get_num_threads() == 1
+assert given_back > 100 and faults() < given_back / 10, given_back
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=SCRIPTS, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_report(scripts, tmp_path, capsys, monkeypatch):
