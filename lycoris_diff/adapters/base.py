@@ -151,7 +151,7 @@ class Adapter(nn.Module):
         return "its change is computed from the weight's values" if self.depends_on_weight else ""
 
     def packed_form(self, f: Factors, host: Host) -> Around | None:
-        """The change as trained without the weight's values, for what depends on them; None where `packed_gap` says why."""
+        """The change at its strength without the weight's values, where it needs them; None where `packed_gap` says why."""
         pair, program = self.product(f), self.program(f)
         if not self.decomposed or pair is None or program is None or host.row_squares is None:
             return None
@@ -159,10 +159,10 @@ class Adapter(nn.Module):
         # W down^T by the layer's own operation, on k more tokens
         mixed = host.plain(down.to(host.dtype)).to(up.dtype)
         square = host.row_squares + ((2 * mixed.T + up @ (down @ down.T)) * up).sum(1)
-        row = dora.row_factors(f[self.magnitude_name], square)
+        row, strength = dora.row_factors(f[self.magnitude_name], square), f["strength"]
         return Around(
-            after=lambda y: y * (row - 1).to(y.dtype),
-            beside=lambda x: program.run(self.geometry, x, cast(f, x.dtype)) * row.to(x.dtype),
+            after=lambda y: y * ((row - 1) * strength).to(y.dtype),
+            beside=lambda x: program.run(self.geometry, x, cast(f, x.dtype)) * (row * strength).to(x.dtype),
         )
 
     def add_delta(self, total: Tensor, f: Factors) -> Tensor:

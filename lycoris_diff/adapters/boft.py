@@ -60,5 +60,5 @@ class BOFT(DiagOFT):
     def _turn(self, base: Tensor, rotation: Tensor) -> Tensor:
         return oft.butterfly(base, rotation)
 
-    def _turn_outputs(self, y: Tensor, rotation: Tensor) -> Tensor:
-        return self._turn(y.T, rotation.to(y.dtype)).T.contiguous() - y
+    def _turn_outputs(self, y: Tensor, rotation: Tensor, strength: Tensor) -> Tensor:
+        return (self._turn(y.T, rotation.to(y.dtype)).T.contiguous() - y) * strength.to(y.dtype)

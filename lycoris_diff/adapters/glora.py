@@ -84,7 +84,7 @@ class GLora(Adapter):
 
     def packed_form(self, f: Factors, host: Host) -> Around:
         a1, a2, b1, b2 = (f[name] for name in self.factor_names[:4])
-        scale, geo = f["scale"], self.geometry
+        scale, geo = f["scale"] * f["strength"], self.geometry
 
         def beside(x: Tensor) -> Tensor:
             if "glora_bm" in f:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..execution.around import Around, Host
+from ..execution.engine import channel_view
 from ..execution.geometry import Geometry
 from ..execution.steps import Factors
 from .base import Adapter, Site, fill, register
@@ -76,7 +77,9 @@ class IA3(Adapter):
         return ""
 
     def packed_form(self, f: Factors, host: Host) -> Around:
+        change = f["ia3_weight"].flatten() * f["strength"]
+
         def scaled(x: Tensor) -> Tensor:
-            return x * f["ia3_weight"].to(x.dtype).view(-1, *[1] * (x.dim() - 2))
+            return x * channel_view(change, x)
 
         return Around(before=scaled) if self.config.on_input else Around(after=scaled)  # type: ignore[attr-defined]

@@ -118,24 +118,24 @@ class DiagOFT(Adapter):
         return ""
 
     def packed_form(self, f: Factors, host: Host) -> Around:
-        blocks = f["oft_blocks"]
+        blocks, strength = f["oft_blocks"], f["strength"]
         rotation = self._rotation(f, torch.promote_types(blocks.dtype, torch.float32))
 
         def turned(y: Tensor) -> Tensor:
             last = y.movedim(1, -1)
             flat = last.flatten(0, -2)
-            change = self._turn_outputs(flat, rotation)
+            change = self._turn_outputs(flat, rotation, strength)
             if "rescale" in f:
                 rescale = f["rescale"].flatten()
-                change = change * rescale.to(y.dtype) + flat * (rescale - 1).to(y.dtype)
+                change = change * rescale.to(y.dtype) + flat * ((rescale - 1) * strength).to(y.dtype)
             return change.view(last.shape).movedim(-1, 1)
 
         return Around(after=turned)
 
-    def _turn_outputs(self, y: Tensor, rotation: Tensor) -> Tensor:
-        """What turning adds to outputs ``(n, out)``."""
+    def _turn_outputs(self, y: Tensor, rotation: Tensor, strength: Tensor) -> Tensor:
+        """What turning adds to outputs ``(n, out)`` at a strength."""
         less = rotation.mT - torch.eye(rotation.shape[-1], dtype=rotation.dtype, device=rotation.device)
-        return oft.rotate_columns(y, less.to(y.dtype))
+        return oft.rotate_columns(y, (less * strength).to(y.dtype))
 
     def _turn(self, base: Tensor, rotation: Tensor) -> Tensor:
         return oft.rotate_rows(base, rotation)
@@ -254,7 +254,7 @@ class OFT(Adapter):
         if not pointwise_input(self.geometry):
             return None
         rotation = self._rotation(f, torch.promote_types(f[self.factor_names[0]].dtype, torch.float32))
-        less = rotation.mT - torch.eye(rotation.shape[-1], dtype=rotation.dtype, device=rotation.device)
+        less = (rotation.mT - torch.eye(rotation.shape[-1], dtype=rotation.dtype, device=rotation.device)) * f["strength"]
 
         def turned(x: Tensor) -> Tensor:
             last = x.movedim(1, -1)

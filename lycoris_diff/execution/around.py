@@ -1,24 +1,25 @@
-"""Changes that multiply a weight, run around a layer whose weight's values are not at hand.
+"""Changes that multiply a weight, run around a layer: where its values are not at hand, or changing it costs more.
 
 ``change(W) x = W before(x) + after(W x) + beside(x)``: the layer's own operation is the only one that reads W.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .engine import channel_view
 from .geometry import Geometry
 
 Map = Callable[[Tensor], Tensor]
 
 
 class Around(NamedTuple):
-    """Linear maps of canonical tensors (channels on axis 1); each may be missing.
+    """Linear maps of canonical tensors (channels on axis 1), at the adapter's strength; each may be missing.
 
     Attributes:
         before: of the input, ``(n, in, ...)`` to the same shape.
@@ -32,7 +33,7 @@ class Around(NamedTuple):
 
 
 class Host(NamedTuple):
-    """A layer with a packed weight.
+    """The layer that they run around.
 
     Attributes:
         run: the layer on a canonical input, with its bias.
@@ -48,7 +49,7 @@ class Host(NamedTuple):
 
     def without_bias(self, y: Tensor) -> Tensor:
         """An output of `run` less the bias."""
-        return y if self.bias is None else y - self.bias.to(y.dtype).view(-1, *[1] * (y.dim() - 2))
+        return y if self.bias is None else y - channel_view(self.bias, y)
 
     def plain(self, x: Tensor) -> Tensor:
         """The weight alone on a canonical input."""
@@ -68,8 +69,8 @@ def pointwise_input(geometry: Geometry) -> bool:
     return geometry.groups == 1 and not geometry.has_kernel
 
 
-def apply_around(member: Around, strength: Tensor, x: Tensor, host: Host) -> Tensor:
-    """What one change alone adds to the layer's output, on a canonical input, at its (0-d) strength."""
+def apply_around(member: Around, x: Tensor, host: Host) -> Tensor:
+    """What one change alone adds to the layer's output, on a canonical input."""
     parts = []
     if member.before is not None:
         parts.append(host.plain(member.before(x)))
@@ -77,30 +78,20 @@ def apply_around(member: Around, strength: Tensor, x: Tensor, host: Host) -> Ten
         parts.append(member.after(host.plain(x)))
     if member.beside is not None:
         parts.append(member.beside(x))
-    return sum(parts[1:], parts[0]) * strength.to(x.dtype)
+    return sum(parts[1:], parts[0])
 
 
-def run_around(members: list[tuple[Around, Tensor]], x: Tensor, host: Host) -> Tensor:
-    """The layer's output with the changes (pairs of a change and its strength), from as few runs of the layer as possible.
+def run_around(members: Sequence[Around], x: Tensor, host: Host) -> Tensor:
+    """The layer's output with the changes, from as few runs of the layer as possible.
 
     Changes of the input alone take one run, and so do changes of the output alone; both kinds together take two.
     """
-    moved: Tensor | None = None
-    for member, strength in members:
-        if member.before is not None:
-            part = member.before(x) * strength.to(x.dtype)
-            moved = part if moved is None else moved + part
-    if all(member.after is None for member, _ in members):
-        y = host.run(x if moved is None else x + moved)
-    else:
-        y = host.run(x)
+    befores, afters, besides = ([maps for maps in kind if maps is not None] for kind in zip(*members))
+    moved = [before(x) for before in befores]
+    y = host.run(x if afters else sum(moved, x))
+    if afters:
         plain = host.without_bias(y)
-        for member, strength in members:
-            if member.after is not None:
-                y = y + member.after(plain) * strength.to(y.dtype)
-        if moved is not None:
-            y = y + host.plain(moved)
-    for member, strength in members:
-        if member.beside is not None:
-            y = y + (member.beside(x) * strength.to(x.dtype)).to(y.dtype)
-    return y
+        y = sum([after(plain) for after in afters], y)
+        if moved:
+            y = y + host.plain(sum(moved[1:], moved[0]))
+    return sum([beside(x).to(y.dtype) for beside in besides], y)

@@ -165,8 +165,7 @@ class AdaptedLayer(MergeableLayer):
         around = [(a, f) for a, f in dense if a.depends_on_weight and (not plain or self._around(a, inner))]
         if around:
             host = self._packed_host(dtype, *args, **kwargs)
-            members = [(self._form(a, f, host), f["strength"]) for a, f in around]
-            y = geo.leave(run_around(members, inner, host).contiguous(), lead)
+            y = geo.leave(run_around([self._form(a, f, host) for a, f in around], inner, host).contiguous(), lead)
             active = [(a, f, p) for a, f, p in active if all(a is not d for d, _ in around)]
         elif dense and self._transparent() and plain:
             base: Any = self.base_layer
@@ -266,7 +265,7 @@ class AdaptedLayer(MergeableLayer):
             out = program.run(self.geometry, x, cast(f, x.dtype))
         elif adapter.depends_on_weight and not self.has_plain_weight:
             host = self._packed_host(x.dtype)
-            out = apply_around(self._form(adapter, f, host), f["strength"], x, host)
+            out = apply_around(self._form(adapter, f, host), x, host)
         else:
             out = self.geometry.apply(x, self._change(adapter, f).to(x.dtype))
         return self._row_mask(adapter, out) if self.training and _output_dropout(adapter) else out
