@@ -5,9 +5,8 @@ For every model, set of targets and algorithm all contenders run interleaved in 
 round everyone takes one training step (forward, backward with the gradient to the input, AdamW) and one forward under
 `no_grad`, in an order that rotates and is reversed in every other round. Reported are medians of the ratios to the frozen
 base of the same round with 95 % bootstrap intervals; one wider than +-3 % is marked "?". Ours is measured until it is not, at
-most in `--most-rounds`, peers in `--rounds`. A peer whose
-step is more than a quarter away from ours after five rounds is measured no longer. Peak memory is that of a process of its
-own (`--memory`).
+most in `--most-rounds`, peers in `--rounds`. A peer whose step is more than a quarter away from ours after five rounds is
+measured no longer. Peak memory is that of a process of its own (`--memory`).
 
     python scripts/benchmark.py --models sd15-32 --targets attention --memory
     python scripts/benchmark.py --device cuda --dtypes float32 bfloat16
@@ -181,7 +180,7 @@ def report_rows(rows: list[Row], options: argparse.Namespace) -> None:
 
 
 def measure(case: Case, names: list[str], rounds: int, most_rounds: int) -> Row:
-    """Run the contenders of one case until the intervals of all are narrow, at most `most_rounds` rounds."""
+    """Run the contenders of one case for `rounds`, and ours until its interval is narrow, at most for `most_rounds`."""
     contenders = {name: contender for name in ("base", *names) if (contender := case.contender(name)) is not None}
     others = [name for name in contenders if name != "base"]
     sizes = {name: contenders[name].parameters for name in others}

@@ -33,9 +33,9 @@ from lycoris_diff.tiny.demo import (
     statements,
     through_autoencoder,
 )
-from lycoris_diff.tiny.measure import draw_prompts, picture_distance, read_picture, read_scenes, subject_score
+from lycoris_diff.tiny.measure import draw_prompts, measure_scenes, picture_distance, read_picture, read_scenes, subject_score
 from lycoris_diff.tiny.recipes import RECIPES, Recipe
-from lycoris_diff.tiny.scenes import caption
+from lycoris_diff.tiny.scenes import Scene, caption
 from lycoris_diff.tiny.subject import SUBJECTS, Subject, draw_subject
 from lycoris_diff.training import DreamBoothConfig, load_trained, train_dreambooth
 from lycoris_diff.training.components import forked_rng, prepared, repeatable
@@ -135,9 +135,7 @@ def prepare(seed: int, root: Path) -> None:
         return
     pipe = load_pipeline()
     draw_class_pictures(pipe, folder / "class", seed, lambda *_: None)
-    pairs = scene_pairs(OTHERS, f"others {seed}")
-    others = draw_prompts(pipe, [scene.caption() for scene, _ in pairs], [number for _, number in pairs])
-    save_pictures(others, folder / "others")
+    save_pictures(measure_scenes(pipe, other_scenes(seed)).pictures, folder / "others")
     for name, subject in SUBJECTS.items():
         save_pictures(draw_prompts(pipe, *prompts_of(subject, seed)), folder / name)
     (folder / "done").touch()
@@ -209,26 +207,33 @@ def scores(
     score = partial(subject_score, creature=subject.creature)
     coded = through_autoencoder(pipe, photos)
     least, most = (fmean(map(score, group)) for group in (read_pictures(shared / run.subject), coded))
-    asked = [background for background in subject.backgrounds for _ in range(TAKES)]
-    pairs = scene_pairs(OTHERS, f"others {run.seed}")
-    others = draw_prompts(pipe, [scene.caption() for scene, _ in pairs], [number for _, number in pairs])
-    before = read_pictures(shared / "others")
+    asked, pairs = backgrounds_of(subject), other_scenes(run.seed)
+    others, before = measure_scenes(pipe, pairs), read_pictures(shared / "others")
     limit = copy_distance(subject, run.seed, coded)
     return {
         "learned": (fmean(map(score, pictures)) - least) / (most - least),
         "following": fmean(read_picture(picture).background == name for picture, name in zip(pictures, asked, strict=True)),
-        "kept": statements(read_scenes(pairs, others)).right / statements(read_scenes(pairs, before)).right,
-        "drift": picture_distance(before, others),
+        "kept": statements(others).right / statements(read_scenes(pairs, before)).right,
+        "drift": picture_distance(before, others.pictures),
         "copies": fmean(nearest(picture, coded) < limit for picture in pictures),
-        "leaked": fmean(map(score, others)),
+        "leaked": fmean(map(score, others.pictures)),
     }
 
 
 def prompts_of(subject: Subject, seed: int) -> tuple[list[str], list[int]]:
     """Return the prompts that name the subject, one of each on a background that it was not trained on, and their seeds."""
-    backgrounds = [background for background in subject.backgrounds for _ in range(TAKES)]
-    prompts = [caption(NAME, background=background) for background in backgrounds]
+    prompts = [caption(NAME, background=background) for background in backgrounds_of(subject)]
     return prompts, [1000 * (seed + 1) + index for index in range(len(prompts))]
+
+
+def backgrounds_of(subject: Subject) -> list[str]:
+    """Return the background that each of the subject's pictures is asked for."""
+    return [background for background in subject.backgrounds for _ in range(TAKES)]
+
+
+def other_scenes(seed: int) -> list[tuple[Scene, int]]:
+    """Return the scenes of the other prompts, with a seed each."""
+    return scene_pairs(OTHERS, f"others {seed}")
 
 
 def copy_distance(subject: Subject, seed: int, photos: Sequence[Image.Image]) -> float:

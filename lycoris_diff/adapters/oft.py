@@ -134,8 +134,7 @@ class DiagOFT(Adapter):
 
     def _turn_outputs(self, y: Tensor, rotation: Tensor, strength: Tensor) -> Tensor:
         """What turning adds to outputs ``(n, out)`` at a strength."""
-        less = rotation.mT - torch.eye(rotation.shape[-1], dtype=rotation.dtype, device=rotation.device)
-        return oft.rotate_columns(y, (less * strength).to(y.dtype))
+        return oft.rotate_columns(y, oft.back_less_identity(rotation, strength).to(y.dtype))
 
     def _turn(self, base: Tensor, rotation: Tensor) -> Tensor:
         return oft.rotate_rows(base, rotation)
@@ -254,7 +253,7 @@ class OFT(Adapter):
         if not pointwise_input(self.geometry):
             return None
         rotation = self._rotation(f, torch.promote_types(f[self.factor_names[0]].dtype, torch.float32))
-        less = (rotation.mT - torch.eye(rotation.shape[-1], dtype=rotation.dtype, device=rotation.device)) * f["strength"]
+        less = oft.back_less_identity(rotation, f["strength"])
 
         def turned(x: Tensor) -> Tensor:
             last = x.movedim(1, -1)

@@ -53,6 +53,11 @@ def neumann(q: Tensor, terms: int) -> Tensor:
     return rotation
 
 
+def back_less_identity(rotation: Tensor, strength: Tensor) -> Tensor:
+    """``strength * (R^T - I)`` of every block: what turning back adds."""
+    return (rotation.mT - torch.eye(rotation.shape[-1], dtype=rotation.dtype, device=rotation.device)) * strength
+
+
 def rotate_rows(weight: Tensor, rotation: Tensor) -> Tensor:
     """``R^T`` of every block on its rows: ``(out, ...), (n, b, b) -> (out, ...)`` with ``n * b = out``."""
     n, b = rotation.shape[:2]

@@ -119,8 +119,10 @@ def save_outputs(
         AdapterError: a component has no adapter; a value is not finite, or would not be in `save_dtype`. ConfigError: see
             `check_outputs`. OSError: the directory cannot be written. What was there before is still there then.
     """
-    plan = plan or check_outputs(pipe, config)
-    _check_leftovers(config, plan)
+    if plan is None:
+        plan = check_outputs(pipe, config)
+    else:
+        _check_leftovers(config, plan)  # again: training took its time
     models, dtype = _trained_models(pipe, config), config.torch_save_dtype
     check_finite_adapters(models)
     notes = list(plan.notes)
