@@ -4,10 +4,11 @@
     python scripts/compare_adapters.py --markdown docs/adapters-compared.md
     python scripts/compare_adapters.py --adapters lokr lora peft-lora --seeds 0 1 2 --out comparison
 
-Every adapter first gets a small search for its learning rate, on a subject that is not compared. Then it is trained on every
-other subject with every seed. The table has means with 95 % bootstrap intervals over these runs, and the places that an
-adapter may have: one is ahead of another only where the 99 % interval of the differences between runs of the same subject
-and seed leaves out zero. Full fine-tuning and three of PEFT's adapters, trained by the same loop, are there to compare with.
+Every adapter first gets a small search for its learning rate, on a subject that is not compared: the recipe's rate, then the
+doubled or halved one, until the best is not the last. Then it is trained on every other subject with every seed. The table has
+means with 95 % bootstrap intervals over these runs, and the places that an adapter may have: one is ahead of another only where
+the 99 % interval of the differences between runs of the same subject and seed leaves out zero. Full fine-tuning and three of
+PEFT's adapters, trained by the same loop, are there to compare with.
 
 What is done is kept in `--out`: an interrupted call goes on, and a call with more seeds or steps of its own adds to it.
 """
@@ -22,7 +23,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import torch
+from benchmarking import prepare_process
 from comparison import CONTENDERS, Result, Run, execute, kept_result, prepare
 from comparison_report import summarize, write_report
 from diffusers.utils import logging as diffusers_logging
@@ -32,7 +33,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lycoris_diff.tiny.subject import SUBJECTS
 
 SEARCHED, *COMPARED = SUBJECTS  # rates are searched on the demo's subject, which the recipes come from
-GRID = (0.5, 1.0, 2.0)  # times the recipe's learning rate
+LIMIT = 3  # doublings or halvings of the recipe's learning rate that the search goes
 STEPS = 160
 FEWEST = 3  # seeds from which adapters are ranked
 
@@ -40,12 +41,7 @@ FEWEST = 3  # seeds from which adapters are ranked
 def main(arguments: list[str] | None = None) -> None:
     """Run what is missing and report."""
     options = parse(arguments)
-    searches = [
-        Run(name, SEARCHED, 0, factor * CONTENDERS[name].recipe.learning_rate, options.steps)
-        for name in options.adapters
-        for factor in options.grid
-    ]
-    found = run_all(searches, options, "searching learning rates")
+    found = search(options)
     rates = {name: best_rate(name, found) for name in options.adapters}
     runs = [
         Run(name, subject, seed, rates[name], options.steps)
@@ -56,6 +52,26 @@ def main(arguments: list[str] | None = None) -> None:
     results = run_all(runs, options, "comparing")
     summaries = summarize(results, ranked=len(options.seeds) >= FEWEST)
     write_report(summaries, found, results, options.out, options.markdown)
+
+
+def search(options: argparse.Namespace) -> dict[Run, Result]:
+    """Return the runs that look for every adapter's learning rate, each round with all adapters that still look."""
+    found: dict[Run, Result] = {}
+    while trials := [run for name in options.adapters if (run := next_trial(name, found, options.steps)) is not None]:
+        found |= run_all(trials, options, "searching learning rates")
+    return found
+
+
+def next_trial(contender: str, found: dict[Run, Result], steps: int) -> Run | None:
+    """Return the run that the search for a learning rate needs next: none once the best rate has neighbours on both sides."""
+    recipe = CONTENDERS[contender].recipe
+    trials = {
+        power: Run(contender, SEARCHED, 0, 2.0**power * recipe.learning_rate, steps) for power in range(-LIMIT, LIMIT + 1)
+    }
+    tried = {power: found[run].quality for power, run in trials.items() if run in found}
+    best = max(tried, key=tried.__getitem__, default=0)
+    wanted = (power for power in (best, best + 1, best - 1) if power in trials and power not in tried)
+    return trials[power] if (power := next(wanted, None)) is not None else None
 
 
 def best_rate(contender: str, found: dict[Run, Result]) -> float:
@@ -85,7 +101,7 @@ def run_all(runs: Sequence[Run], options: argparse.Namespace, title: str) -> dic
 
 def initialize(threads: int) -> None:
     """Begin a process that executes a run."""
-    torch.set_num_threads(threads)
+    prepare_process(threads)
     diffusers_logging.disable_progress_bar()
 
 
@@ -96,7 +112,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--subjects", nargs="+", default=COMPARED, choices=COMPARED)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=STEPS, help="of training (default: %(default)s)")
-    parser.add_argument("--grid", nargs="+", type=float, default=GRID, help="factors on the recipes' learning rates")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at once (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of each (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("comparison"), help="what is kept (default: %(default)s)")

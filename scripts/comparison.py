@@ -114,8 +114,8 @@ class Result:
 
     @property
     def quality(self) -> float:
-        """By which learning rates are chosen: the harmonic mean of what was learned, followed and kept."""
-        parts = [max(part, 1e-3) for part in (self.learned, self.following, self.kept)]
+        """By which learning rates are chosen: the harmonic mean of what was learned, followed, kept, and is no copy."""
+        parts = [max(part, 1e-3) for part in (self.learned, self.following, self.kept, 1 - self.copies)]
         return len(parts) / sum(1 / part for part in parts)
 
 

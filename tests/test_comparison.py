@@ -87,6 +87,20 @@ class TestRanking:
             scripts["report"].summarize(found, ranked=True)
 
 
+class TestSearch:
+    @pytest.mark.parametrize(
+        ("best", "tried"), [(0, [0, 1, -1]), (1, [0, 1, 2]), (-2, [0, 1, -1, -2, -3]), (3, [0, 1, 2, 3]), (9, [0, 1, 2, 3])]
+    )
+    def test_it_goes_on_until_the_best_has_neighbours(self, scripts, best, tried):
+        main, found, powers = scripts["main"], {}, []
+        recipe = scripts["runs"].CONTENDERS["lokr"].recipe
+        while (run := main.next_trial("lokr", found, 4)) is not None:
+            powers.append(round(np.log2(run.learning_rate / recipe.learning_rate)))
+            found[run] = result(scripts, learned=0.9 - 0.05 * abs(powers[-1] - best))
+        assert powers == tried
+        assert main.best_rate("lokr", found) == pytest.approx(recipe.learning_rate * 2.0 ** min(best, 3))
+
+
 class TestMeasures:
     def test_a_copy_is_nearer_than_fresh_drawings(self, scripts):
         runs, subject = scripts["runs"], SUBJECTS["wine"]
@@ -98,12 +112,12 @@ class TestMeasures:
         fresh = [runs.nearest(draw_subject(seed=seed, subject=subject), photos) < limit for seed in range(20, 80)]
         assert np.mean(fresh) < 0.2
 
-    def test_quality_needs_all_three(self, scripts):
-        assert result(scripts, learned=0.9, following=0.9, kept=0.9).quality == pytest.approx(0.9)
-        assert result(scripts, learned=-0.1, following=1, kept=1).quality < 0.01
+    def test_quality_needs_all_four(self, scripts):
+        assert result(scripts, learned=0.9, following=0.9, kept=0.9, copies=0.1).quality == pytest.approx(0.9)
+        assert result(scripts, learned=-0.1, following=1, kept=1, copies=0).quality < 0.01
         assert (
-            result(scripts, learned=0.9, following=1, kept=0.3).quality
-            < result(scripts, learned=0.7, following=0.8, kept=0.8).quality
+            result(scripts, learned=0.9, following=1, kept=0.3, copies=0.1).quality
+            < result(scripts, learned=0.7, following=0.8, kept=0.8, copies=0.3).quality
         )
 
     def test_prompts_name_a_background_each(self, scripts):
@@ -119,21 +133,8 @@ def test_a_short_comparison(scripts, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(SCRIPTS))
     page, out = tmp_path / "docs" / "page.md", tmp_path / "out"
     page.parent.mkdir()
-    given = [
-        "--adapters",
-        "lora",
-        "peft-lora",
-        "--subjects",
-        "lime",
-        "--seeds",
-        "0",
-        "--steps",
-        "1",
-        "--grid",
-        "1",
-        "--jobs",
-        "1",
-    ]
+    given = ["--adapters", "lora", "peft-lora", "--subjects", "lime", "--seeds", "0", "--steps", "1", "--jobs", "1"]
+    monkeypatch.setattr(scripts["main"], "LIMIT", 0)  # the recipes' learning rates, no search
     given += ["--out", str(out), "--markdown", str(page)]
     scripts["main"].main(given)
     kept = sorted(out.glob("*/*/result.json"))
@@ -147,5 +148,7 @@ def test_a_short_comparison(scripts, tmp_path, monkeypatch):
     assert times == [path.stat().st_mtime_ns for path in kept]
     text = page.read_text()
     assert text.count("| LoRA, PEFT's |") == 2 and "place" in text and "{" not in text
+    values = json.loads(page.with_suffix(".json").read_text())
+    assert [row["contender"] for row in values["runs"]] == ["lora", "peft-lora"] and len(values["adapters"]) == 2
     pictures = sorted(path.name for path in (page.parent / "images").glob("*.png"))
     assert pictures == ["adapters-measures.png", "adapters-pictures.png", "adapters-plane.png"]

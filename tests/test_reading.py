@@ -193,6 +193,7 @@ def test_dots_left_in_flat_names_are_one_module():
 
 
 TRAINERS = {
+    "lycoris_diff": ({"lycoris_diff.settings": "{}", "ss_network_module": "lycoris.kohya"}, "lora_unet_a"),
     "sd-scripts": ({"ss_network_module": "networks.lora", "ss_base_model_version": "sd_v1"}, "lora_unet_a"),
     "sd-scripts with LyCORIS": ({"ss_network_module": "lycoris.kohya"}, "lora_unet_a"),
     "musubi-tuner": ({"ss_network_module": "networks.lora_wan", "ss_base_model_version": "wan2.1"}, "lora_unet_a"),

@@ -167,6 +167,7 @@ def _by_musubi(facts: Facts) -> bool:
 
 #: trainer or program -> whether the facts show it; tried in order
 TRAINERS: dict[str, Callable[[Facts], bool]] = {
+    "lycoris_diff": lambda f: f.names("lycoris_diff.settings"),
     "OneTrainer": lambda f: f.names("ot_") or f.count(*_LEGACY) > 0 or f.half_dotted > 0,
     "ai-toolkit": _by_ai_toolkit,
     "SimpleTuner": lambda f: f.names("lycoris_config") or "simpletuner" in _implementation(f),
