@@ -76,9 +76,10 @@ def measure(algorithm: str) -> list[float]:
     base, ours, theirs = (layer_of(name, algorithm) for name in ("base", "ours", "PEFT"))
     found = [fastest(partial(step, each, x, gradient)) for each in (base, ours, theirs)]
     light.drop_parts(ours)
-    small, light.SMALL = light.SMALL, 0
+    limits = light.SMALL, light.LITTLE
+    light.SMALL = light.LITTLE = 0
     found.insert(2, fastest(partial(step, ours, x, gradient)))
-    light.SMALL = small
+    light.SMALL, light.LITTLE = limits
     found += [fastest(partial(forward, each, x)) for each in (base, ours, theirs)]
     fixed = ours.requires_grad_(False).eval()
     frozen.forget(fixed)

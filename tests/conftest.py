@@ -39,3 +39,4 @@ def _seeded():
 def fused(monkeypatch):
     """Layers of any size run as one operation of ours where they can, as large ones do."""
     monkeypatch.setattr("lycoris_diff.layers.light.SMALL", 0)
+    monkeypatch.setattr("lycoris_diff.layers.light.LITTLE", 0)

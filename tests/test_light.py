@@ -54,6 +54,7 @@ def test_same_function(algorithm, layer, ran, monkeypatch):
     if layer == "linear" and algorithm in LIGHT:
         assert ran == {"light": 1, "fused": 0}
     monkeypatch.setattr(light, "SMALL", 0)
+    monkeypatch.setattr(light, "LITTLE", 0)
     light.drop_parts(adapted)
     torch.testing.assert_close(found, results(model, x), rtol=1e-10, atol=1e-10)
     assert ran["light"] <= 1
@@ -67,11 +68,23 @@ def layer_with(config=None, width=64, dtype=torch.float32):
 
 class TestWhen:
     def test_small_and_large(self, ran):
-        model = layer_with()
-        model(torch.randn(4, 64))
+        model = layer_with(width=256)
+        model(torch.randn(4, 256))
         assert ran == {"light": 1, "fused": 0}
-        model(torch.randn(light.SMALL // 128 + 1, 64))
+        model(torch.randn(light.SMALL // 512 + 1, 256))
         assert ran == {"light": 1, "fused": 1}
+
+    @pytest.mark.parametrize("name", ["lora", "loha", "shira", "loha-dora"])
+    def test_many_tokens_of_a_little_weight(self, name, ran):
+        """The weight is changed then, whose backward is the same work in either way; it is kept, and is little."""
+        assert layer_with().layer.geometry.out ** 2 <= light.LITTLE
+        model, _ = adapt(nn.Linear(64, 64), ALGORITHMS[name](), "a")
+        model.set_adapter("a")
+        filled(model, 0.3)
+        x = torch.randn(light.SMALL, 64, requires_grad=True)
+        assert model.layer.choices(x)["a"].mode == "instead"
+        model(x)
+        assert ran == {"light": 1, "fused": 0}
 
     def test_not_without_gradients(self, ran):
         with torch.no_grad():
@@ -145,14 +158,24 @@ class TestChanges:
         assert not torch.equal(twin(x), before)
         assert torch.equal(model(x), before)
 
-    def test_hooks_are_called(self):
+    @pytest.mark.parametrize("tokens", [4, light.SMALL])
+    def test_hooks_are_called(self, tokens):
         model = layer_with()
-        x = torch.randn(4, 64)
+        x = torch.randn(tokens, 64)
         model(x)
         seen = []
         model.layer.base_layer.register_forward_hook(lambda *args: seen.append(args))
         model(x)
         assert len(seen) == 1
+
+    @pytest.mark.parametrize("tokens", [4, light.SMALL])
+    def test_a_base_weight_that_trains(self, tokens):
+        model = layer_with()
+        x = torch.randn(tokens, 64)
+        model(x)
+        model.layer.base_layer.weight.requires_grad_()
+        model(x).sum().backward()
+        torch.testing.assert_close(model.layer.base_layer.weight.grad, x.sum(0).expand(64, 64), rtol=1e-3, atol=1e-2)
 
     def test_many_shapes(self):
         model = layer_with()

@@ -135,7 +135,7 @@ class Geometry:
         """``weight (p, d)`` on each of ``groups`` slices of d channels: ``(b, groups*d, *s) -> (b, groups*p, *s)``."""
         p, d = weight.shape
         if not self.kernel:
-            return (x.reshape(-1, d) @ weight.T).view(x.shape[0], groups * p)
+            return F.linear(x, weight) if groups == 1 else F.linear(x.reshape(-1, d), weight).view(x.shape[0], groups * p)
         y = torch.matmul(weight, x.reshape(x.shape[0] * groups, d, prod(x.shape[2:])))
         return y.view(x.shape[0], groups * p, *x.shape[2:])
 

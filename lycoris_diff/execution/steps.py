@@ -73,6 +73,10 @@ class Step:
         """Gradient with respect to the weight."""
         raise NotImplementedError
 
+    def plus(self, geo: Geometry, y: Tensor, x: Tensor, w: Any) -> Tensor:
+        """``y + apply(x)``, differentiable."""
+        return y + self.apply(geo, x, w)
+
     def add_(self, geo: Geometry, y: Tensor, x: Tensor, w: Any) -> None:
         """``y += apply(x)``."""
         y.add_(self.apply(geo, x, w))
@@ -96,6 +100,10 @@ class Pointwise(Step):
 
     def weight_grad(self, geo: Geometry, x: Tensor, w: Any, grad: Tensor) -> Tensor:
         return geo.pointwise_weight_grad(x, grad, w, self.groups)
+
+    def plus(self, geo: Geometry, y: Tensor, x: Tensor, w: Any) -> Tensor:
+        one = self.groups == 1 and not geo.kernel
+        return torch.addmm(y, x, w.T) if one else super().plus(geo, y, x, w)
 
     def add_(self, geo: Geometry, y: Tensor, x: Tensor, w: Any) -> None:
         geo.accumulate_(y, x, w, self.groups)
@@ -325,6 +333,10 @@ class Program:
     def run(self, geo: Geometry, x: Tensor, f: Factors) -> Tensor:
         """The adapter's output in plain differentiable operations."""
         return self.last.apply(geo, self._between(geo, self.start(geo, x, f), f), _built(self.last, f))
+
+    def plus(self, geo: Geometry, y: Tensor, x: Tensor, f: Factors) -> Tensor:
+        """``y`` and the adapter's output, in plain differentiable operations."""
+        return self.last.plus(geo, y, self._between(geo, self.start(geo, x, f), f), _built(self.last, f))
 
     def start(self, geo: Geometry, x: Tensor, f: Factors) -> Tensor:
         """Output of the first step."""

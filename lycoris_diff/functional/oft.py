@@ -42,15 +42,13 @@ def cayley(q: Tensor) -> Tensor:
 
 def neumann(q: Tensor, terms: int) -> Tensor:
     """PEFT's series for `cayley`: ``I + 2 Q + 2 Q^2 + ... + Q^n``, where n is ``terms - 1`` but never 2."""
-    rotation = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device).expand_as(q)
-    if terms > 1:
-        rotation = rotation + 2 * q
-    if terms > 2:
-        last, power = max(terms - 1, 3), q
-        for n in range(2, last + 1):
-            power = power @ q
-            rotation = rotation + (power if n == last else 2 * power)
-    return rotation
+    one = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device).expand_as(q)
+    if terms < 3:
+        return one if terms == 1 else torch.add(one, q, alpha=2)
+    two, rotation = 2 * one, q + 2 * one
+    for _ in range(max(terms - 1, 3) - 2):  # Horner's way
+        rotation = torch.baddbmm(two, q, rotation)
+    return torch.baddbmm(one, q, rotation)
 
 
 def back_less_identity(rotation: Tensor, strength: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from ..execution.geometry import is_transformers_conv1d
 from ..execution.packed import describe, rearranged
 from ..execution.steps import Program, Step
 from .frozen import Ready, frozen, prepared, settled
-from .light import Parts, is_small, keeps_little, light_parts, run_light
+from .light import Parts, has_little_weight, is_small, keeps_little, light_parts, run_light
 from .mergeable import MergeableLayer
 from .parts import bias_change, plus, row_factor
 from .samples import Samples
@@ -63,8 +63,9 @@ class AdaptedLayer(MergeableLayer):
             return self.base_layer(x, *args, **kwargs)
         compiling = torch.compiler.is_compiling()
         parts = None if compiling else light_parts(self, names, x, lambda: self._light(names, x))
-        if parts and not (self.training and any([_varied(adapter) for adapter, _ in parts])):
-            return run_light(self.geometry, self._host(x, *args, **kwargs), x, parts)
+        if parts and self._runs_light(names, parts, x):
+            parameters: Any = self._modules["base_layer"]._parameters  # type: ignore[union-attr]
+            return run_light(self.geometry, parameters["weight"], parameters["bias"], x, parts)
         if not compiling and self._fusable(names, x) and not self._all_around(names, x):
             if not torch.is_autocast_enabled(x.device.type):
                 return self._fused(names, x)
@@ -102,18 +103,28 @@ class AdaptedLayer(MergeableLayer):
         """The programs of adapters that run beside a small layer; None where it is not, or they do not."""
         inner, _ = self.geometry.enter(x)
         tokens = self.geometry.tokens(inner)
-        if not is_small(self.geometry, tokens) or self.biased or not self._fusable(names, x):
+        small, little = is_small(self.geometry, tokens), has_little_weight(self.geometry)
+        if not (small or little) or self.biased or not self._fusable(names, x):
             return None
         parts: Parts = []
         for adapter in [self.adapter(n) for n in names]:
             f = adapter.inputs() if adapter.single else {}
-            choice, program = self._choose(adapter, f, inner, True) if f else (None, None)
-            if program is None or choice is None or choice.mode != "beside":
+            if not f or self._around(adapter, inner):
                 return None
-            if adapter.depends_on_weight or not adapter.keeps_program or not keeps_little(self.geometry, tokens, program, f):
+            choice, program = self._choose(adapter, f, inner, True)
+            if choice.mode != "beside" or program is None:
+                program, suits = None, little
+            else:
+                suits = small and adapter.keeps_program and not adapter.depends_on_weight
+                suits = suits and keeps_little(self.geometry, tokens, program, f)
+            if not suits:
                 return None
             parts.append((adapter, program))
         return parts
+
+    def _runs_light(self, names: Sequence[str], parts: Parts, x: Tensor) -> bool:
+        """Whether that still holds: no chance decides, and the weight may be used directly."""
+        return not (self.training and any([_varied(adapter) for adapter, _ in parts])) and self._fusable(names, x)
 
     def _all_around(self, names: Sequence[str], x: Tensor) -> bool:
         """Whether nothing but changes that are better made on the layer's input or output is to run."""

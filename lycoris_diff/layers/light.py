@@ -1,19 +1,21 @@
 """Small layers in training: where the calls around an operation cost more than its passes over memory.
 
 There the fused operation, whose backward is Python, is slower than the plain operations that it saves: autograd runs those by
-itself. What is kept for backward is the same input, and small things beside it.
+itself. What is kept for backward is the same input, and small things beside it: small results of programs, and changed weights
+that are small themselves.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from math import prod
 
 import torch
 from torch import Tensor, nn
 
 from ..adapters.base import Adapter
-from ..execution.engine import cast
+from ..execution.engine import cast, changed_weight
 from ..execution.geometry import Geometry
 from ..execution.steps import Factors, Program
 
@@ -23,7 +25,9 @@ SMALL = 2**17
 #: numbers that may be kept for backward in any case, an eighth of a MiB
 LITTLE = 2**15
 
-Parts = list[tuple[Adapter, Program]]
+#: active adapters, each with the program that it runs beside the layer; None changes the weight instead
+Parts = list[tuple[Adapter, Program | None]]
+
 _PARTS: weakref.WeakKeyDictionary[nn.Module, dict[object, Parts | None]] = weakref.WeakKeyDictionary()
 
 
@@ -52,12 +56,30 @@ def keeps_little(geometry: Geometry, tokens: int, program: Program, f: Factors) 
     return built <= max(tokens * sides, LITTLE)
 
 
-def run_light(geometry: Geometry, y: Tensor, x: Tensor, parts: Sequence[tuple[Adapter, Program]]) -> Tensor:
-    """The base layer's output ``y`` and every adapter's own; ``x`` is the layer's input."""
+def has_little_weight(geometry: Geometry) -> bool:
+    """Whether keeping changed weights of this size for backward does not matter."""
+    return prod(geometry.shape) <= LITTLE
+
+
+def run_light(geometry: Geometry, weight: Tensor, bias: Tensor | None, x: Tensor, parts: Parts) -> Tensor:
+    """The layer's output with every adapter's change.
+
+    Args:
+        geometry: of the layer.
+        weight, bias: of the base layer, frozen, in the dtype of ``x``.
+        x: the layer's input.
+        parts: adapters with what they run.
+    """
     inner, lead = geometry.enter(x)
+    weight = geometry.canonical(weight)
+    dense = [(adapter, adapter.inputs()) for adapter, program in parts if program is None]
+    if dense:
+        weight = changed_weight(weight, dense).to(x.dtype)
+    y = geometry.apply(inner, weight, bias)
     for adapter, program in parts:
-        y = y + geometry.leave(program.run(geometry, inner, cast(adapter.inputs(), x.dtype)), lead)
-    return y
+        if program is not None:
+            y = program.plus(geometry, y, inner, cast(adapter.inputs(), x.dtype))
+    return geometry.leave(y, lead)
 
 
 def drop_parts(layer: nn.Module) -> None:
