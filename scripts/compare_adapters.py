@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarking import prepare_process
-from comparison import CONTENDERS, Result, Run, execute, kept_result, prepare
+from comparison import CONTENDERS, PEFTS, Result, Run, execute, kept_result, prepare
 from comparison_report import summarize, write_report
 from diffusers.utils import logging as diffusers_logging
 from rich.console import Console
@@ -34,7 +34,7 @@ from lycoris_diff.tiny.subject import SUBJECTS
 
 SEARCHED, *COMPARED = SUBJECTS  # rates are searched on the demo's subject, which the recipes come from
 LIMIT = 3  # doublings or halvings of the recipe's learning rate that the search goes
-STEPS = 160
+STEPS = 120
 FEWEST = 3  # seeds from which adapters are ranked
 
 
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run what is missing and report."""
     options = parse(arguments)
     found = search(options)
-    rates = {name: best_rate(name, found) for name in options.adapters}
+    rates = {name: best_rate(searched_for(name), found) for name in options.adapters}
     runs = [
         Run(name, subject, seed, rates[name], options.steps)
         for subject in options.subjects
@@ -57,9 +57,15 @@ def main(arguments: list[str] | None = None) -> None:
 def search(options: argparse.Namespace) -> dict[Run, Result]:
     """Return the runs that look for every adapter's learning rate, each round with all adapters that still look."""
     found: dict[Run, Result] = {}
-    while trials := [run for name in options.adapters if (run := next_trial(name, found, options.steps)) is not None]:
+    names = dict.fromkeys(searched_for(name) for name in options.adapters)
+    while trials := [run for name in names if (run := next_trial(name, found, options.steps)) is not None]:
         found |= run_all(trials, options, "searching learning rates")
     return found
+
+
+def searched_for(contender: str) -> str:
+    """Return the contender whose learning rate is taken: PEFT's adapters begin as ours and learn with the same one."""
+    return contender.removeprefix(PEFTS)
 
 
 def next_trial(contender: str, found: dict[Run, Result], steps: int) -> Run | None:
@@ -84,7 +90,9 @@ def run_all(runs: Sequence[Run], options: argparse.Namespace, title: str) -> dic
     done = {run: result for run in runs if (result := kept_result(run, options.out)) is not None}
     missing = [run for run in runs if run not in done]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    context = multiprocessing.get_context("spawn")
+    # a process of its own for every run, whose memory is then its own; what they import is there when they begin
+    context = multiprocessing.get_context("forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn")
+    context.set_forkserver_preload(["lycoris_diff.tiny.demo", "peft"])
     with (
         Progress(*columns, console=Console(stderr=True)) as progress,
         context.Pool(options.jobs, initialize, (options.threads,), maxtasksperchild=1) as pool,

@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -37,12 +38,13 @@ from lycoris_diff.tiny.measure import draw_prompts, measure_scenes, picture_dist
 from lycoris_diff.tiny.recipes import RECIPES, Recipe
 from lycoris_diff.tiny.scenes import Scene, caption
 from lycoris_diff.tiny.subject import SUBJECTS, Subject, draw_subject
-from lycoris_diff.training import DreamBoothConfig, load_trained, train_dreambooth
+from lycoris_diff.training import DreamBoothConfig, TrainStep, load_trained, train_dreambooth
 from lycoris_diff.training.components import forked_rng, prepared, repeatable
 from lycoris_diff.training.families import family_of
 from lycoris_diff.training.loop import Loop
 from lycoris_diff.training.prepare import find_data, prepare_data
 
+BATCH = 2  # pictures of the subject in a step, and as many of others
 TAKES = 2  # pictures drawn of the subject on every background
 FRESH = 60  # drawn pictures of the subject, of which one in twenty is as near to a training picture as a near copy
 
@@ -62,9 +64,10 @@ class Contender:
     peft: bool = False
 
 
+PEFTS = "peft-"
 CONTENDERS = {name: Contender(recipe.title, recipe) for name, recipe in RECIPES.items()}
 CONTENDERS |= {
-    f"peft-{name}": Contender(f"{RECIPES[name].title}, PEFT's", RECIPES[name], peft=True) for name in ("lora", "lokr", "loha")
+    PEFTS + name: Contender(f"{RECIPES[name].title}, PEFT's", RECIPES[name], peft=True) for name in ("lora", "lokr", "loha")
 }
 
 
@@ -97,7 +100,7 @@ class Result:
         leaked: `subject_score` of other prompts' pictures.
         parameters: trained.
         bytes: of the file that is shared, the kohya file where the adapter has one, else PEFT's directories.
-        seconds: of a training step.
+        seconds: of the processor for a training step; other processes do not count.
         peak: bytes of memory that the process had at most while training, beyond what it had before.
     """
 
@@ -148,7 +151,7 @@ def execute(run: Run, root: Path) -> Result:
     photos = draw_subject_images(folder / "photos", PICTURES, seed=run.seed, name=NAME, subject=subject)
     contender = CONTENDERS[run.contender]
     config = demo_config(contender.recipe, folder / "photos", shared / "class", folder / "adapter", run.steps, run.seed)
-    config = replace(config, learning_rate=run.learning_rate, cache_dir=root / "cache", trackers=())
+    config = replace(config, learning_rate=run.learning_rate, train_batch_size=BATCH, cache_dir=root / "cache", trackers=())
     start = restarted_peak()
     pipe, costs = (train_with_peft if contender.peft else train_with_us)(contender.recipe, config)
     costs["peak"] = peak_memory() - start
@@ -167,11 +170,12 @@ def execute(run: Run, root: Path) -> Result:
 
 def train_with_us(_: Recipe, config: DreamBoothConfig) -> tuple[StableDiffusionPipeline, dict[str, Any]]:
     """Train; return the base model loaded anew with the adapter loaded from disk, and what it cost."""
-    report = train_dreambooth(load_pipeline(), config)
+    clock = StepClock()
+    report = train_dreambooth(load_pipeline(), config, clock)
     fresh = load_pipeline()
     load_trained(fresh, config.output)
     size = report.bytes.get("kohya", sum(report.bytes.values()))
-    return fresh, {"parameters": sum(report.parameters.values()), "bytes": size, "seconds": report.seconds_per_step}
+    return fresh, {"parameters": sum(report.parameters.values()), "bytes": size, "seconds": clock.seconds}
 
 
 def train_with_peft(recipe: Recipe, config: DreamBoothConfig) -> tuple[StableDiffusionPipeline, dict[str, Any]]:
@@ -187,13 +191,29 @@ def train_with_peft(recipe: Recipe, config: DreamBoothConfig) -> tuple[StableDif
             torch.manual_seed(config.seed + 1)
             loop = Loop(family, family.objective(config.min_snr_gamma), config, data, accelerator, models)
             loop.start()
-            loop.run()
+            clock = StepClock()
+            loop.run(clock)
             loop.finish()
     for component, model in loop.adapted.items():
         model.save_pretrained(config.output / component)
     size = sum(path.stat().st_size for path in config.output.rglob("*.safetensors"))
     parameters = sum(parameter.numel() for parameter in loop.parameters)
-    return pipe, {"parameters": parameters, "bytes": size, "seconds": loop.seconds / loop.step}
+    return pipe, {"parameters": parameters, "bytes": size, "seconds": clock.seconds}
+
+
+class StepClock:
+    """Measures the processor's time of training steps from the first one's end on; to be called after every step."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, step: TrainStep) -> None:
+        self.times.append(time.process_time())
+
+    @property
+    def seconds(self) -> float:
+        """Of a step; 0 where there was one alone."""
+        return (self.times[-1] - self.times[0]) / max(len(self.times) - 1, 1)
 
 
 # --------------------------------------------------------------------------------------------------------- measurement

@@ -221,7 +221,8 @@ def page(
     tried = {(run.contender, _power(run)): (run, result) for run, result in searches.items()}
     powers = sorted({power for _, power in tried})
     quality = []
-    for summary in summaries:
+    searched = {run.contender for run in searches}
+    for summary in (summary for summary in summaries if summary.contender in searched):
         cells = [CONTENDERS[summary.contender].title]
         for power in powers:
             run, result = tried.get((summary.contender, power), (None, None))
@@ -277,11 +278,11 @@ seed, leaves out zero. "1.-9." means that nothing more can be said.
 
 Each adapter was first trained on a subject that is not compared ("{searched}"): with the rate of its recipe, then with the
 doubled or halved one, on until the best had a worse one on both sides. Best is the highest harmonic mean of learned, followed,
-kept, and the part of the pictures that is no near copy, in one run each.
+kept, and the part of the pictures that is no near copy, in one run each. PEFT's adapters begin as ours and take ours.
 
 {rates}
 
-{machine}. Seconds and memory are of one thread, with other runs beside it.
+{machine}. Each run had one thread; seconds are the processor's, whatever ran beside it.
 """
 
 
