@@ -8,12 +8,13 @@ VENV ?= .venv
 PIP_ARGS ?=
 PYTEST_ARGS ?= -n auto
 BENCH_ARGS ?= --markdown docs/benchmarks.md
+COMPARE_ARGS ?= --out comparison --markdown docs/adapters-compared.md
 MODELS_ARGS ?= --json docs/benchmarks.json --chart docs/images/benchmarks.png --markdown docs/benchmarks.md
 
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow quality style bench bench-models clean
+.PHONY: help demo test test-slow quality style bench bench-models compare notebooks clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 12
@@ -45,6 +46,12 @@ bench: $(VENV)/.installed-bench  ## measure single layers against PEFT and LyCOR
 bench-models: $(VENV)/.installed-bench  ## measure whole models, hours of it; goes on where it was interrupted
 	$(BIN)/python scripts/benchmark.py $(MODELS_ARGS)
 	$(BIN)/python scripts/benchmark_operations.py --markdown docs/benchmarks.md
+
+compare: $(VENV)/.installed-bench  ## compare all adapters on the embedded model, hours of it; goes on where it was interrupted
+	$(BIN)/python scripts/compare_adapters.py $(COMPARE_ARGS)
+
+notebooks: $(VENV)/.installed-test  ## run the notebooks and keep what they show
+	$(BIN)/python scripts/run_notebooks.py
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

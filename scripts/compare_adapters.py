@@ -7,8 +7,8 @@
 Every adapter first gets a small search for its learning rate, on a subject that is not compared: the recipe's rate, then the
 doubled or halved one, until the best is not the last. Then it is trained on every other subject with every seed. The table has
 means with 95 % bootstrap intervals over these runs, and the places that an adapter may have: one is ahead of another only where
-the 99 % interval of the differences between runs of the same subject and seed leaves out zero. Full fine-tuning and three of
-PEFT's adapters, trained by the same loop, are there to compare with.
+a permutation test of the differences between runs of the same subject and seed says so. Full fine-tuning and three of PEFT's
+adapters, trained by the same loop, are there to compare with.
 
 What is done is kept in `--out`: an interrupted call goes on, and a call with more seeds or steps of its own adds to it.
 """
@@ -35,7 +35,7 @@ from lycoris_diff.tiny.subject import SUBJECTS
 SEARCHED, *COMPARED = SUBJECTS  # rates are searched on the demo's subject, which the recipes come from
 LIMIT = 3  # doublings or halvings of the recipe's learning rate that the search goes
 STEPS = 120
-FEWEST = 3  # seeds from which adapters are ranked
+FEWEST = 3, 8  # seeds and runs from which adapters are ranked: fewer runs cannot be certain
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -50,7 +50,8 @@ def main(arguments: list[str] | None = None) -> None:
         for name in options.adapters
     ]
     results = run_all(runs, options, "comparing")
-    summaries = summarize(results, ranked=len(options.seeds) >= FEWEST)
+    enough = (len(options.seeds), len(options.seeds) * len(options.subjects))
+    summaries = summarize(results, ranked=all(have >= need for have, need in zip(enough, FEWEST)))
     write_report(summaries, found, results, options.out, options.markdown)
 
 

@@ -23,6 +23,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 RESAMPLED = 4000
+CERTAIN = 0.01
+EXACT = 14  # pairs, up to which all signs are tried
 #: measure -> heading, whether more is better, whether it is a share
 MEASURES: dict[str, tuple[str, bool, bool]] = {
     "learned": ("subject learned", True, True),
@@ -32,7 +34,7 @@ MEASURES: dict[str, tuple[str, bool, bool]] = {
     "drift": ("drift of other prompts", False, False),
 }
 #: measures that are drawn in the chart of two axes: across and up
-PLANE = ("kept", "learned")
+PLANE = ("drift", "learned")
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def summarize(results: Mapping[Run, Result], ranked: bool) -> list[Summary]:
 
     Args:
         results: of runs with every contender on the same subjects and seeds.
-        ranked: whether there are enough seeds for places.
+        ranked: whether there are enough runs for places.
 
     Raises:
         ValueError: contenders with different subjects or seeds.
@@ -96,7 +98,7 @@ def summarize(results: Mapping[Run, Result], ranked: bool) -> list[Summary]:
         values = {name: np.array([getattr(own[key][1], measure) for key in sorted(keys)]) for name, own in cells.items()}
         for name, own in values.items():
             low, high = np.percentile(own[picked].mean(1), (2.5, 97.5))
-            places = places_of(name, values, picked, more) if ranked else None
+            places = places_of(name, values, more) if ranked else None
             spreads[name][measure] = Spread(float(own.mean()), float(low), float(high), places)
     summaries = [_summary(name, list(own.values()), spreads[name]) for name, own in cells.items()]
     return sorted(summaries, key=lambda summary: -summary.spreads["learned"].mean)
@@ -110,19 +112,33 @@ def resamples(keys: Sequence[tuple[str, int]]) -> np.ndarray:
     return np.concatenate([generator.choice(group, (RESAMPLED, len(group))) for group in groups], axis=1)
 
 
-def places_of(name: str, values: Mapping[str, np.ndarray], picked: np.ndarray, more: bool) -> tuple[int, int]:
+def places_of(name: str, values: Mapping[str, np.ndarray], more: bool) -> tuple[int, int]:
     """Return the best and the worst place that one contender may have.
 
-    Another one is ahead, or behind, only if the 99 % interval of the differences in the same subjects and seeds leaves out 0:
+    Another one is ahead, or behind, only if `chance` of the differences in the same subjects and seeds is below `CERTAIN`:
     there are many pairs.
     """
     ahead = behind = 0
     for other, theirs in values.items():
-        difference = (theirs - values[name])[picked].mean(1) * (1 if more else -1)
-        low, high = np.percentile(difference, (0.5, 99.5))
-        ahead += bool(low > 0)
-        behind += bool(high < 0) and other != name
+        difference = (theirs - values[name]) * (1 if more else -1)
+        if other != name and chance(difference) < CERTAIN:
+            ahead += bool(difference.mean() > 0)
+            behind += bool(difference.mean() < 0)
     return 1 + ahead, len(values) - behind
+
+
+def chance(differences: np.ndarray) -> float:
+    """Return how often differences with these sizes have so large a mean if their signs are by chance.
+
+    A permutation test, exact up to 14 pairs; few pairs can never be certain, which the bootstrap would not notice.
+    """
+    count = len(differences)
+    if count <= EXACT:
+        signs = 1 - 2 * ((np.arange(2**count)[:, None] >> np.arange(count)) & 1)
+    else:
+        signs = np.random.default_rng(0).choice((-1, 1), (2**EXACT, count))
+    means = np.abs((signs * differences).mean(1))
+    return float((means >= abs(differences.mean()) - 1e-12).mean())
 
 
 def _summary(name: str, runs: Sequence[tuple[Run, Result]], spreads: dict[str, Spread]) -> Summary:
@@ -151,9 +167,10 @@ def write_report(
 ) -> None:
     """Print the table; write the document and its pictures if one is named."""
     rows = [row(summary) for summary in summaries]
-    table = Table(*HEADERS, title="which adapter?")
-    for cells in rows:
-        table.add_row(*cells)
+    table = Table("adapter", *MEASURES, "file KiB", "s / step", title="which adapter? means")
+    for summary, cells in zip(summaries, rows):
+        means = [f"{summary.spreads[name].mean:{'.0%' if share else '.0f'}}" for name, (_, _, share) in MEASURES.items()]
+        table.add_row(cells[0], *means, *cells[-3:-1])
     Console().print(table)
     if document is None:
         return
@@ -184,7 +201,7 @@ def _rounded(plain: Any) -> Any:
     return float(f"{plain:.4g}") if isinstance(plain, float) else plain
 
 
-HEADERS = ["adapter", "learning rate", *[f"{title}, place" for title, _, _ in MEASURES.values()]]
+HEADERS = ["adapter", "learning rate", *[title for title, _, _ in MEASURES.values()]]
 HEADERS += ["parameters", "file KiB", "s / step", "peak MiB"]
 
 
@@ -236,6 +253,7 @@ def page(
         steps=some.steps,
         searched=some.subject,
         takes=TAKES,
+        places=RANKED if summaries[0].spreads["learned"].places else UNRANKED,
         table=markdown_table(HEADERS, rows),
         rates=markdown_table(["adapter", *[f"{2.0**power:g} x recipe" for power in powers]], quality),
         machine="; ".join(f"{name}: {value}" for name, value in machine().items()),
@@ -247,6 +265,12 @@ def _power(run: Run) -> int:
     return round(math.log2(run.learning_rate / CONTENDERS[run.contender].recipe.learning_rate))
 
 
+RANKED = """After the comma, the
+places that are left open: another adapter is ahead only where the differences, subject by subject and seed by seed, would be
+so large in less than one of a hundred cases if their signs were by chance (a permutation test). "1.-9." means that nothing
+more can be said."""
+UNRANKED = "Too few runs to say which adapter is ahead of which."
+
 PAGE = """# Adapters compared
 
 `python scripts/compare_adapters.py --markdown docs/adapters-compared.md` wrote this page: every adapter trained by the same
@@ -257,9 +281,7 @@ model in {steps} steps, with sizes as in `lycoris_diff/tiny/recipes.py`; a large
 
 {table}
 
-Means over {runs} runs ({subjects} drawn creatures, {seeds} seeds) with 95 % bootstrap intervals. After the comma, the places
-that are left open: another adapter is ahead only where the 99 % interval of the differences, subject by subject and seed by
-seed, leaves out zero. "1.-9." means that nothing more can be said.
+Means over {runs} runs (drawn creatures: {subjects}, seeds: {seeds}) with 95 % bootstrap intervals. {places}
 
 - *Subject learned*: 0 % is what the base model draws for the prompt, 100 % what the autoencoder can show of the drawn pictures.
 - *Prompt followed*: of the subject's pictures ({takes} on each of six backgrounds, one of which was not in training), those
@@ -292,14 +314,14 @@ kept, and the part of the pictures that is no near copy, in one run each. PEFT's
 def measure_chart(summaries: Sequence[Summary], path: Path) -> None:
     """Draw a panel for every measure: contenders one below the other, means with intervals."""
     figure, axes = plt.subplots(1, len(MEASURES), figsize=(13, 0.32 * len(summaries) + 1.3), sharey=True, layout="constrained")
-    for axis, (measure, (title, more, share)) in zip(axes, MEASURES.items()):
+    for axis, (measure, (_, _, share)) in zip(axes, MEASURES.items()):
         for place, summary in enumerate(summaries):
             spread = summary.spreads[measure]
             scale = 100 if share else 1
             bars = [[scale * (spread.mean - spread.low)], [scale * (spread.high - spread.mean)]]
             colour = _colour(summary.contender)
             axis.errorbar([scale * spread.mean], [place], xerr=bars, fmt="o", ms=5, lw=1.5, color=colour)
-        axis.set_title(f"{title}{', %' if share else ''}\n({'more' if more else 'less'} is better)", fontsize=9)
+        axis.set_title(_heading(measure, "\n"), fontsize=9)
         axis.grid(axis="x", color="#e3e6eb")
         axis.spines[["top", "right", "left"]].set_visible(False)
         axis.tick_params(axis="y", length=0)
@@ -311,21 +333,26 @@ def measure_chart(summaries: Sequence[Summary], path: Path) -> None:
 
 def plane_chart(summaries: Sequence[Summary], path: Path) -> None:
     """Draw every contender by two measures, as large as its parameters."""
-    across, up = PLANE
+    (across, across_scale), (up, up_scale) = ((name, 100 if MEASURES[name][2] else 1) for name in PLANE)
     figure, axis = plt.subplots(figsize=(8, 6), layout="constrained")
     for summary in summaries:
-        x, y = 100 * summary.spreads[across].mean, 100 * summary.spreads[up].mean
+        x, y = across_scale * summary.spreads[across].mean, up_scale * summary.spreads[up].mean
         colour = _colour(summary.contender)
         axis.scatter([x], [y], s=24 + 12 * np.log2(summary.parameters / 10_000 + 1), color=colour, alpha=0.75)
         axis.annotate(CONTENDERS[summary.contender].title, (x, y), (6, 4), textcoords="offset points", fontsize=8)
-    axis.set_xlabel(f"{MEASURES[across][0]}, %")
-    axis.set_ylabel(f"{MEASURES[up][0]}, %")
+    axis.set_xlabel(_heading(across))
+    axis.set_ylabel(_heading(up))
     axis.set_title("means; dots grow with the number of parameters", fontsize=9, loc="left")
     axis.grid(color="#e3e6eb")
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _heading(measure: str, between: str = " ") -> str:
+    title, more, share = MEASURES[measure]
+    return f"{title}{', %' if share else ''}{between}({'more' if more else 'less'} is better)"
 
 
 def _colour(contender: str) -> str:
@@ -341,7 +368,7 @@ def picture_sheet(results: Mapping[Run, Result], root: Path, path: Path) -> None
     for run, result in results.items():
         if (run.subject, run.seed) == (first.subject, first.seed):
             pictures = read_pictures(run.folder(root) / "pictures")[::TAKES]
-            label = f"{CONTENDERS[run.contender].title}: learned {result.learned:.0%}"
+            label = f"{CONTENDERS[run.contender].title}: learned {result.learned:.0%}".replace("³", "^3")  # not in the font
             rows.append((label, pictures, [] if rows else [f"on {name}" for name in SUBJECTS[run.subject].backgrounds]))
     photos = read_pictures(first.folder(root) / "photos")
     picture_rows([("trained on", photos, []), *rows], "the same prompts and noise", cell=72).save(path)

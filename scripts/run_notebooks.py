@@ -21,14 +21,17 @@ from typing import Any
 
 import nbformat
 from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
 from rich.console import Console
 from rich.progress import track
 
+__all__ = ["CellExecutionError", "execute", "sources", "take_warnings"]
+
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PARAMETERS = "parameters"  # tag of the cell after which other values may be put, as papermill does it
-BESIDE = ("docs/adapters-compared.json",)  # files of the repository that notebooks read
+BESIDE = ("docs/adapters-compared.json", "docs/images/adapters-measures.png")  # files of the repository that notebooks read
 MINUTES = 30
 
 

@@ -36,8 +36,8 @@ def result(scripts, **changes):
 
 
 def results(scripts, learned):
-    """Runs of two subjects and three seeds; `learned` gives a contender's six values."""
-    keys = [(subject, seed) for subject in ("lime", "wine") for seed in range(3)]
+    """Runs of three subjects and three seeds; `learned` gives a contender's nine values."""
+    keys = [(subject, seed) for subject in ("lime", "wine", "lavender") for seed in range(3)]
     return {
         scripts["runs"].Run(name, subject, seed, 1e-3, 4): result(scripts, learned=value)
         for name, values in learned.items()
@@ -49,39 +49,56 @@ class TestRanking:
     def test_what_is_certain_has_a_place(self, scripts):
         found = results(
             scripts,
-            {"lora": [0.9, 0.8, 0.85, 0.6, 0.5, 0.55], "lokr": [0.7, 0.6, 0.66, 0.4, 0.31, 0.34], "loha": [0.1] * 6},
+            {
+                "lora": [0.9, 0.8, 0.85, 0.6, 0.5, 0.55, 0.3, 0.4, 0.35],
+                "lokr": [0.7, 0.6, 0.66, 0.4, 0.31, 0.34, 0.2, 0.3, 0.25],
+                "loha": [0.1] * 9,
+            },
         )
         summaries = scripts["report"].summarize(found, ranked=True)
         assert [summary.contender for summary in summaries] == ["lora", "lokr", "loha"]
         # the subjects differ more than the adapters: only pairs of the same subject and seed tell
         assert [summary.spreads["learned"].places for summary in summaries] == [(1, 1), (2, 2), (3, 3)]
-        assert summaries[0].spreads["learned"].mean == pytest.approx(0.7)
-        assert summaries[0].spreads["learned"].low < 0.7 < summaries[0].spreads["learned"].high
+        spread = summaries[0].spreads["learned"]
+        assert spread.mean == pytest.approx(5.25 / 9) and spread.low < spread.mean < spread.high
 
     def test_what_overlaps_has_none(self, scripts):
         found = results(
-            scripts, {"lora": [0.9, 0.5, 0.7, 0.6, 0.8, 0.7], "lokr": [0.6, 0.8, 0.7, 0.7, 0.6, 0.7], "loha": [0.1] * 6}
+            scripts,
+            {
+                "lora": [0.9, 0.5, 0.7, 0.6, 0.8, 0.7, 0.6, 0.7, 0.7],
+                "lokr": [0.6, 0.8, 0.7, 0.7, 0.6, 0.7, 0.6, 0.7, 0.8],
+                "loha": [0.1] * 9,
+            },
         )
         places = {s.contender: s.spreads["learned"].places for s in scripts["report"].summarize(found, ranked=True)}
         assert places == {"lora": (1, 2), "lokr": (1, 2), "loha": (3, 3)}
 
     def test_less_may_be_better(self, scripts):
         report = scripts["report"]
-        values = {"a": np.full(4, 1.0), "b": np.full(4, 2.0)}
-        picked = report.resamples([("x", 0), ("x", 1), ("y", 0), ("y", 1)])
-        assert report.places_of("a", values, picked, more=False) == (1, 1)
-        assert report.places_of("a", values, picked, more=True) == (2, 2)
+        values = {"a": np.full(9, 1.0), "b": np.full(9, 2.0)}
+        assert report.places_of("a", values, more=False) == (1, 1)
+        assert report.places_of("a", values, more=True) == (2, 2)
+
+    def test_chance_is_that_of_signs(self, scripts):
+        chance = scripts["report"].chance
+        assert chance(np.ones(3)) == pytest.approx(2 / 8)  # three of a kind are no certainty
+        assert chance(np.ones(9)) == pytest.approx(2 / 512)
+        assert chance(np.array([1.0, -1.0, 1.0, -1.0])) == 1
+        assert chance(np.random.default_rng(0).normal(1.0, 1.0, 40)) < 1e-3
+        fair = [chance(np.random.default_rng(seed).normal(size=9)) < 0.05 for seed in range(400)]
+        assert 0.02 < np.mean(fair) < 0.08
 
     def test_subjects_stay_in_resamples(self, scripts):
         picked = scripts["report"].resamples([("x", 0), ("x", 1), ("y", 0)])
         assert set(picked[:, :2].flat) == {0, 1} and set(picked[:, 2]) == {2}
 
-    def test_two_seeds_are_not_ranked(self, scripts):
-        found = results(scripts, {"lora": [0.9] * 6, "lokr": [0.1] * 6})
+    def test_few_runs_are_not_ranked(self, scripts):
+        found = results(scripts, {"lora": [0.9] * 9, "lokr": [0.1] * 9})
         assert all(s.spreads["learned"].places is None for s in scripts["report"].summarize(found, ranked=False))
 
     def test_other_subjects_are_refused(self, scripts):
-        found = results(scripts, {"lora": [0.9] * 6, "lokr": [0.1] * 6})
+        found = results(scripts, {"lora": [0.9] * 9, "lokr": [0.1] * 9})
         del found[next(run for run in found if run.contender == "lokr")]
         with pytest.raises(ValueError, match="expected the same for all"):
             scripts["report"].summarize(found, ranked=True)
@@ -147,7 +164,7 @@ def test_a_short_comparison(scripts, tmp_path, monkeypatch):
     scripts["main"].main(given)
     assert times == [path.stat().st_mtime_ns for path in kept]
     text = page.read_text()
-    assert text.count("| LoRA, PEFT's |") == 1 and text.count("| LoRA |") == 2 and "place" in text and "{" not in text
+    assert text.count("| LoRA, PEFT's |") == 1 and text.count("| LoRA |") == 2 and "Too few runs" in text and "{" not in text
     values = json.loads(page.with_suffix(".json").read_text())
     assert [row["contender"] for row in values["runs"]] == ["lora", "peft-lora"] and len(values["adapters"]) == 2
     pictures = sorted(path.name for path in (page.parent / "images").glob("*.png"))
