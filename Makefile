@@ -8,7 +8,7 @@ VENV ?= .venv
 PIP_ARGS ?=
 PYTEST_ARGS ?= -n auto
 BENCH_ARGS ?= --markdown docs/benchmarks.md
-COMPARE_ARGS ?= --out comparison --markdown docs/adapters-compared.md
+COMPARE_ARGS ?= --out comparison-output --markdown docs/adapters-compared.md
 MODELS_ARGS ?= --json docs/benchmarks.json --chart docs/images/benchmarks.png --markdown docs/benchmarks.md
 
 BIN := $(VENV)/bin

@@ -2,7 +2,7 @@
 """Which adapter? Train all of them on the embedded base model and measure, in pixels, what each learns and keeps.
 
     python scripts/compare_adapters.py --markdown docs/adapters-compared.md
-    python scripts/compare_adapters.py --adapters lokr lora peft-lora --seeds 0 1 2 --out comparison
+    python scripts/compare_adapters.py --adapters lokr lora peft-lora --seeds 0 1 2 --out comparison-output
 
 Every adapter first gets a small search for its learning rate, on a subject that is not compared: the recipe's rate, then the
 doubled or halved one, until the best is not the last. Then it is trained on every other subject with every seed. The table has
@@ -123,7 +123,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=STEPS, help="of training (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at once (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of each (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("comparison"), help="what is kept (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("comparison-output"), help="what is kept (default: %(default)s)")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the document, and its pictures beside it")
     return parser.parse_args(arguments)
 

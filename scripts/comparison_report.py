@@ -180,10 +180,10 @@ def write_report(
     plane_chart(summaries, images / "adapters-plane.png")
     picture_sheet(results, root, images / "adapters-pictures.png")
     document.write_text(page(summaries, searches, results, rows), encoding="utf-8")
-    document.with_suffix(".json").write_text(values(summaries, searches, results), encoding="utf-8")
+    document.with_suffix(".json").write_text(as_json(summaries, searches, results), encoding="utf-8")
 
 
-def values(summaries: Sequence[Summary], searches: Mapping[Run, Result], results: Mapping[Run, Result]) -> str:
+def as_json(summaries: Sequence[Summary], searches: Mapping[Run, Result], results: Mapping[Run, Result]) -> str:
     """Return everything as JSON: the summaries, and a line for every run."""
     runs = {"searches": searches, "runs": results}
     lines = {
@@ -235,17 +235,15 @@ def page(
 ) -> str:
     """Return the document."""
     some = next(iter(searches))
-    tried = {(run.contender, _power(run)): (run, result) for run, result in searches.items()}
-    powers = sorted({power for _, power in tried})
+    powers = sorted({_power(run) for run in searches})
     quality = []
-    searched = {run.contender for run in searches}
-    for summary in (summary for summary in summaries if summary.contender in searched):
-        cells = [CONTENDERS[summary.contender].title]
-        for power in powers:
-            run, result = tried.get((summary.contender, power), (None, None))
-            text = "" if run is None or result is None else f"{result.quality:.2f} at {run.learning_rate:.1e}"
-            cells.append(f"**{text}**" if run is not None and run.learning_rate == summary.learning_rate else text)
-        quality.append(cells)
+    for summary in summaries:
+        tried = {_power(run): (run, result) for run, result in searches.items() if run.contender == summary.contender}
+        texts = {power: f"{result.quality:.2f} at {run.learning_rate:.1e}" for power, (run, result) in tried.items()}
+        best = [power for power, (run, _) in tried.items() if run.learning_rate == summary.learning_rate]
+        texts |= {power: f"**{texts[power]}**" for power in best}
+        if texts:
+            quality.append([CONTENDERS[summary.contender].title, *[texts.get(power, "") for power in powers]])
     return PAGE.format(
         runs=summaries[0].runs,
         subjects=len({run.subject for run in results}),

@@ -21,12 +21,9 @@ from typing import Any
 
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
 from rich.console import Console
 from rich.progress import track
-
-__all__ = ["CellExecutionError", "execute", "sources", "take_warnings"]
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -57,7 +54,7 @@ def execute(path: Path, folder: Path, parameters: Mapping[str, Any] | None = Non
         parameters: values that replace those of the cell with the tag "parameters"; the cell that does so is not kept.
 
     Raises:
-        CellExecutionError: a cell raised an error.
+        nbclient.exceptions.CellExecutionError: a cell raised an error.
     """
     for name in BESIDE:
         if (ROOT / name).exists():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from nbclient.exceptions import CellExecutionError
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
@@ -115,6 +116,6 @@ class TestRunner:
     def test_an_error_leaves_the_notebook_as_it_was(self, notebook, runner):
         before = notebook.read_text().replace("TIMES = 3", "TIMES = 1 / 0")
         notebook.write_text(before)
-        with pytest.raises(runner.CellExecutionError, match="ZeroDivisionError"):
+        with pytest.raises(CellExecutionError, match="ZeroDivisionError"):
             runner.main([str(notebook)])
         assert notebook.read_text() == before

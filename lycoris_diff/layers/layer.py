@@ -100,7 +100,7 @@ class AdaptedLayer(MergeableLayer):
         return x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)  # type: ignore[union-attr]
 
     def _light(self, names: Sequence[str], x: Tensor) -> Parts | None:
-        """The programs of adapters that run beside a small layer; None where it is not, or they do not."""
+        """How adapters run by plain operations, beside a small layer or in a small weight; None where they had better not."""
         inner, _ = self.geometry.enter(x)
         tokens = self.geometry.tokens(inner)
         small, little = is_small(self.geometry, tokens), has_little_weight(self.geometry)
