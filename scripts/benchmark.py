@@ -12,95 +12,33 @@ measured no longer. Peak memory is that of a process of its own (`--memory`).
     python scripts/benchmark.py --device cuda --dtypes float32 bfloat16
     python scripts/benchmark.py --json docs/benchmarks.json --chart docs/images/benchmarks.png --markdown docs/benchmarks.md
 
-The last one renews the section of the document. Rows that the JSON file holds are not measured again, so that an interrupted
-call goes on.
+The last one renews the section of the document. Rows that the JSON file holds of this machine are not measured again, so that
+an interrupted call goes on; those of other machines stay, in tables of their own.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 
 import torch
-from benchmark_models import CONTENDERS, WORKLOADS, Contender, make
-from benchmarking import ALGORITHMS, MIB, Ratio, machine, markdown_table, order, prepare_process, write_section
+from benchmark_models import WORKLOADS, Contender
+from benchmark_results import ADAPTED, FIRST, Case, Row, Series, earlier, keep, report
+from benchmarking import ALGORITHMS, Ratio, machine, order, prepare_process
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor
 
-MARKERS = ("<!-- benchmark: begin -->", "<!-- benchmark: end -->")
-TITLE = "## Whole models"
-ADAPTED = [name for name in CONTENDERS if name != "base"]
 WARMUP = 2
 FORWARDS = 15  # rounds with a forward pass of its own
-FIRST = 5  # rounds after which a peer this far from us is judged: nothing that follows could change who is ahead
 FAR = 1.25
-#: what is aimed at, by model, targets and algorithm: time of a step, and MiB kept for backward, beyond the base's
-TARGETS: dict[tuple[str, str, str], tuple[float | None, float | None]] = {
-    ("sd15-32", "attention", "lora"): (1.05, None),
-    ("sd15-32", "attention", "lokr"): (1.08, 120),
-    ("sd15-32", "attention", "lokr-f8-full"): (1.10, 120),
-    ("sd15-32", "attention", "loha"): (1.35, 200),
-    ("sd15-32", "attention", "miss"): (1.04, None),
-    ("sd15-32", "attention", "shira"): (1.15, None),
-    ("sd15-32", "attention", "dora"): (1.30, None),
-    ("sd15-32", "conv", "lokr"): (1.25, 160),
-    ("sd15-32", "conv", "loha"): (1.50, 200),
-}
-
-
-@dataclass(frozen=True)
-class Case:
-    """What a row of the table is about."""
-
-    model: str
-    targets: str
-    algorithm: str
-    dtype: str
-    device: str
-
-    def contender(self, name: str) -> Contender | None:
-        """Return one contender over the case's shared weights, or None if it has no such algorithm there."""
-        return make(name, self.model, ALGORITHMS[self.algorithm], self.targets, getattr(torch, self.dtype), self.device)
-
-    def call(self) -> dict[str, Tensor]:
-        """Return the input of a step."""
-        torch.manual_seed(1)
-        return WORKLOADS[self.model].call(getattr(torch, self.dtype), self.device)
-
-
-@dataclass(frozen=True)
-class Row:
-    """What was measured; everything but `base_seconds` by contender.
-
-    Attributes:
-        case: of what.
-        rounds: how many were measured of the base and ours.
-        parameters: trained ones.
-        base_seconds: of the frozen base's step, median.
-        step: of the training step to the base's.
-        forward: of the forward to the base's.
-        saved: bytes kept for backward beyond the base's.
-        peak: bytes of the process' (or the device's) highest memory beyond the base's; empty if not measured.
-    """
-
-    case: Case
-    rounds: int
-    parameters: dict[str, int]
-    base_seconds: float
-    step: dict[str, Ratio]
-    forward: dict[str, Ratio]
-    saved: dict[str, int]
-    peak: dict[str, int]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -118,62 +56,22 @@ def main(arguments: list[str] | None = None) -> None:
         for dtype in options.dtypes
         for algorithm in options.algos
     ]
-    rows = earlier(options.json, options.device)
+    series = sorted(earlier(options.json), key=lambda one: one.machine == machine(options.device))
+    if not series or series[-1].machine != machine(options.device):
+        series.append(Series(machine(options.device), {}))
+    rows = series[-1].rows
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=len(cases))
         for case in cases:
             progress.update(task, description=" ".join((case.model, case.targets, case.algorithm, case.dtype)))
             if case not in rows:
                 rows[case] = measure(case, options.contenders, options.rounds, options.most_rounds)
-                keep(rows, options)
+                keep(series, options.json)
             if options.memory and not rows[case].peak:
                 rows[case] = replace(rows[case], peak=peaks(case, options.contenders))
-                keep(rows, options)
+                keep(series, options.json)
             progress.advance(task)
-    report_rows(sorted(rows.values(), key=rank), options)
-
-
-def keep(rows: Mapping[Case, Row], options: argparse.Namespace) -> None:
-    """Write what was measured so far: hours of work are kept if the rest is interrupted."""
-    if options.json:
-        report = {"machine": machine(options.device), "rows": [asdict(row) for row in rows.values()]}
-        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-
-
-def earlier(path: Path | None, device: str) -> dict[Case, Row]:
-    """Return the rows that an earlier call left in the file, by case; they are not measured again."""
-    if path is None or not path.exists():
-        return {}
-    report = json.loads(path.read_text(encoding="utf-8"))
-    if report["machine"] != machine(device):
-        raise SystemExit(f"{path} holds rows of another machine, {report['machine']}; give another file or delete it")
-    rows: dict[Case, Row] = {}
-    for values in report["rows"]:
-        case = Case(**values["case"])
-        ratios = {key: {name: Ratio(**ratio) for name, ratio in values[key].items()} for key in ("step", "forward")}
-        rows[case] = Row(**{**values, "case": case, **ratios})
-    return rows
-
-
-def rank(row: Row) -> tuple[int, ...]:
-    """Return the place of a row in the table."""
-    case, workload = row.case, WORKLOADS[row.case.model]
-    places = [list(WORKLOADS).index(case.model), list(workload.targets).index(case.targets)]
-    return (*places, ["float32", "bfloat16"].index(case.dtype), list(ALGORITHMS).index(case.algorithm))
-
-
-def report_rows(rows: list[Row], options: argparse.Namespace) -> None:
-    """Print the table; write the document's section and the chart where they are asked for."""
-    table = Table(*HEADERS, title="One training step, relative to the frozen base model")
-    for row in rows:
-        table.add_row(*cells(row))
-    Console().print(table)
-    if options.chart:
-        from benchmark_chart import step_chart
-
-        step_chart(panels(rows), options.chart)
-    if options.markdown:
-        write_section(options.markdown, MARKERS, TITLE, markdown(rows, options.device))
+    report(series, options.chart, options.markdown)
 
 
 # -------------------------------------------------------------------------------------------------------- measurement
@@ -275,77 +173,6 @@ def peak_bytes(case: Case, name: str) -> int:
         return torch.cuda.max_memory_allocated(case.device)
     status = Path("/proc/self/status").read_text(encoding="utf-8")  # getrusage's maximum survives exec, this does not
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
-
-
-# ------------------------------------------------------------------------------------------------------------- report
-
-HEADERS = ["model", "targets", "algorithm", "parameters", "base s", *[f"{name} x" for name in ADAPTED]]
-HEADERS += [
-    "target",
-    "met",
-    "ours forward x",
-    *[f"{name} saved MiB" for name in ADAPTED],
-    *[f"{name} peak MiB" for name in ("ours", "PEFT")],
-]
-
-
-def cells(row: Row) -> list[str]:
-    """Return one line of the table, under `HEADERS`."""
-    case = row.case
-    return [
-        case.model if case.dtype == "float32" else f"{case.model} {case.dtype}",
-        case.targets,
-        case.algorithm,
-        f"{next(iter(row.parameters.values()), 0):,}",
-        f"{row.base_seconds:.2f}",
-        *[str(row.step.get(name, "-")) for name in ADAPTED],
-        *verdict(row),
-        str(row.forward.get("ours", "-")),
-        *[_mib(row.saved, name) for name in ADAPTED],
-        *[_mib(row.peak, name) for name in ("ours", "PEFT")],
-    ]
-
-
-def verdict(row: Row) -> tuple[str, str]:
-    """Return the row's targets and whether ours meets them."""
-    step, saved = TARGETS.get((row.case.model, row.case.targets, row.case.algorithm), (None, None))
-    found, kept = row.step.get("ours"), row.saved.get("ours")
-    asked = [f"{step:.2f}"] if step else []
-    asked += [f"{saved} MiB"] if saved else []
-    if not asked or found is None or kept is None:
-        return ", ".join(asked) or "-", "-"
-    met = (step is None or found.median <= step) and (saved is None or kept <= saved * MIB)
-    return ", ".join(asked), "yes" if met else "**no**"
-
-
-def _mib(values: dict[str, int], name: str) -> str:
-    return f"{values[name] / MIB:.0f}" if name in values else "-"
-
-
-def panels(rows: list[Row]) -> dict[str, dict[str, dict[str, Ratio]]]:
-    """Return the steps' ratios by what is common to several rows, and by algorithm."""
-    found: dict[str, dict[str, dict[str, Ratio]]] = {}
-    for row in rows:
-        case = row.case
-        found.setdefault(f"{case.model}, {case.targets}, {case.dtype} ({case.device})", {})[case.algorithm] = row.step
-    return found
-
-
-def markdown(rows: list[Row], device: str) -> str:
-    """Return the section of the document: machine, how to read the table, the table."""
-    return "\n".join(
-        [
-            *(f"- {name}: {value}" for name, value in machine(device).items()),
-            f"- {min(row.rounds for row in rows)} to {max(row.rounds for row in rows)} interleaved rounds",
-            "",
-            "`x`: time relative to the frozen base model, median (95 % interval) of the ratios within a round; `?`: the",
-            "interval is wider than 3 % on a side, inconclusive. A step is forward, backward and AdamW. Saved MiB are kept for",
-            "backward, peak MiB is the highest memory of a process of its own, both beyond the base model's.",
-            f"A peer more than a quarter slower or faster than we are after {FIRST} rounds was measured in these only.",
-            "",
-            markdown_table(HEADERS, map(cells, rows)),
-        ]
-    )
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

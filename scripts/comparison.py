@@ -20,6 +20,7 @@ import numpy as np
 import peft
 import torch
 from accelerate import Accelerator
+from benchmarking import machine
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
@@ -102,6 +103,7 @@ class Result:
         bytes: of the file that is shared, the kohya file where the adapter has one, else PEFT's directories.
         seconds: of the processor for a training step; other processes do not count.
         peak: bytes of memory that the process had at most while training, beyond what it had before.
+        processor: that it ran on.
     """
 
     learned: float
@@ -114,6 +116,7 @@ class Result:
     bytes: int
     seconds: float
     peak: int
+    processor: str
 
     @property
     def quality(self) -> float:
@@ -154,7 +157,7 @@ def execute(run: Run, root: Path) -> Result:
     config = replace(config, learning_rate=run.learning_rate, train_batch_size=BATCH, cache_dir=root / "cache", trackers=())
     start = restarted_peak()
     pipe, costs = (train_with_peft if contender.peft else train_with_us)(contender.recipe, config)
-    costs["peak"] = peak_memory() - start
+    costs |= {"peak": peak_memory() - start, "processor": machine()["CPU"]}
     pictures = draw_prompts(pipe, *prompts_of(subject, run.seed))
     save_pictures(pictures, folder / "pictures")
     result = Result(**costs, **scores(run, pipe, pictures, [Image.open(path) for path in photos], shared))

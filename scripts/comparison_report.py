@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -61,7 +62,7 @@ class Summary:
         learning_rate: with which it was trained.
         spreads: of every one of `MEASURES`.
         parameters, bytes: as in `Result`.
-        seconds, peak: medians over the runs.
+        seconds, peak: medians over the runs, of the seconds over those on `main_processor`.
         runs: how many there are.
     """
 
@@ -100,7 +101,8 @@ def summarize(results: Mapping[Run, Result], ranked: bool) -> list[Summary]:
             low, high = np.percentile(own[picked].mean(1), (2.5, 97.5))
             places = places_of(name, values, more) if ranked else None
             spreads[name][measure] = Spread(float(own.mean()), float(low), float(high), places)
-    summaries = [_summary(name, list(own.values()), spreads[name]) for name, own in cells.items()]
+    processor = main_processor(results)
+    summaries = [_summary(name, list(own.values()), spreads[name], processor) for name, own in cells.items()]
     return sorted(summaries, key=lambda summary: -summary.spreads["learned"].mean)
 
 
@@ -141,7 +143,12 @@ def chance(differences: np.ndarray) -> float:
     return float((means >= abs(differences.mean()) - 1e-12).mean())
 
 
-def _summary(name: str, runs: Sequence[tuple[Run, Result]], spreads: dict[str, Spread]) -> Summary:
+def main_processor(results: Mapping[Run, Result]) -> str:
+    """Return the processor that most runs were on: times of others are not comparable with its."""
+    return Counter(result.processor for result in results.values()).most_common(1)[0][0]
+
+
+def _summary(name: str, runs: Sequence[tuple[Run, Result]], spreads: dict[str, Spread], processor: str) -> Summary:
     results = [result for _, result in runs]
     return Summary(
         name,
@@ -149,7 +156,7 @@ def _summary(name: str, runs: Sequence[tuple[Run, Result]], spreads: dict[str, S
         spreads,
         results[0].parameters,
         results[0].bytes,
-        float(np.median([result.seconds for result in results])),
+        float(np.median([result.seconds for result in results if result.processor == processor])),
         float(np.median([result.peak for result in results])),
         len(results),
     )
@@ -254,7 +261,8 @@ def page(
         places=RANKED if summaries[0].spreads["learned"].places else UNRANKED,
         table=markdown_table(HEADERS, rows),
         rates=markdown_table(["adapter", *[f"{2.0**power:g} x recipe" for power in powers]], quality),
-        machine="; ".join(f"{name}: {value}" for name, value in machine().items()),
+        processor=main_processor(results),
+        versions=machine()["versions"],
     )
 
 
@@ -302,7 +310,7 @@ kept, and the part of the pictures that is no near copy, in one run each. PEFT's
 
 {rates}
 
-{machine}. Each run had one thread; seconds are the processor's, whatever ran beside it.
+Seconds are of the processor ({processor}), one thread a run, whatever ran beside it; {versions}.
 """
 
 

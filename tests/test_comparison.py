@@ -32,7 +32,8 @@ def scripts(monkeypatch):
 
 def result(scripts, **changes):
     values = {name: 0.5 for name in ("learned", "following", "kept", "drift", "copies", "leaked", "seconds")}
-    return scripts["runs"].Result(**{**values, "parameters": 10, "bytes": 2048, "peak": 2**20, **changes})
+    values |= {"parameters": 10, "bytes": 2048, "peak": 2**20, "processor": "abacus"}
+    return scripts["runs"].Result(**{**values, **changes})
 
 
 def results(scripts, learned):
@@ -96,6 +97,15 @@ class TestRanking:
     def test_few_runs_are_not_ranked(self, scripts):
         found = results(scripts, {"lora": [0.9] * 9, "lokr": [0.1] * 9})
         assert all(s.spreads["learned"].places is None for s in scripts["report"].summarize(found, ranked=False))
+
+    def test_seconds_are_of_one_processor(self, scripts):
+        found = results(scripts, {"lora": [0.9] * 9})
+        values = ["sundial"] * 4 + ["abacus"] * 5
+        for run, processor in zip(found, values, strict=True):
+            found[run] = result(scripts, processor=processor, seconds=9.0 if processor == "sundial" else 2.0)
+        assert scripts["report"].main_processor(found) == "abacus"
+        (summary,) = scripts["report"].summarize(found, ranked=False)
+        assert summary.seconds == 2.0 and summary.spreads["learned"].mean == 0.5
 
     def test_other_subjects_are_refused(self, scripts):
         found = results(scripts, {"lora": [0.9] * 9, "lokr": [0.1] * 9})
