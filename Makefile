@@ -46,6 +46,7 @@ bench: $(VENV)/.installed-bench  ## measure single layers against PEFT and LyCOR
 bench-models: $(VENV)/.installed-bench  ## measure whole models, hours of it; goes on where it was interrupted
 	$(BIN)/python scripts/benchmark.py $(MODELS_ARGS)
 	$(BIN)/python scripts/benchmark_operations.py --markdown docs/benchmarks.md
+	$(BIN)/python scripts/benchmark_compiled.py --markdown docs/benchmarks.md
 
 compare: $(VENV)/.installed-bench  ## compare all adapters on the embedded model, hours of it; goes on where it was interrupted
 	$(BIN)/python scripts/compare_adapters.py $(COMPARE_ARGS)

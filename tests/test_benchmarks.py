@@ -23,6 +23,7 @@ def scripts(monkeypatch):
     """The scripts as modules, with one more workload."""
     monkeypatch.syspath_prepend(str(SCRIPTS))
     import benchmark
+    import benchmark_compiled
     import benchmark_models
     import benchmark_operations
 
@@ -43,9 +44,10 @@ def scripts(monkeypatch):
     tiny = benchmark_models.Workload(unet, inputs, "sample", benchmark_models.WORKLOADS["sd15-32"].targets)
     monkeypatch.setitem(benchmark_models.WORKLOADS, "tiny", tiny)
     threads = torch.get_num_threads()
-    for module in (benchmark, benchmark_operations):  # silence and the allocator's settings would stay for other tests
+    # silence and the allocator's settings would stay for other tests
+    for module in (benchmark, benchmark_compiled, benchmark_operations):
         monkeypatch.setattr(module, "prepare_process", lambda threads, keep_memory=True: torch.set_num_threads(threads))
-    yield {"models": benchmark, "operations": benchmark_operations}
+    yield {"models": benchmark, "operations": benchmark_operations, "compiled": benchmark_compiled}
     torch.set_num_threads(threads)
     for name in [name for name in sys.modules if name.startswith("benchmark")]:
         del sys.modules[name]
@@ -151,3 +153,17 @@ def test_operations(scripts, tmp_path):
     assert len(lines) == 2
     assert " / " in lines[0]
     assert " / " not in lines[1]  # PEFT has no SHiRA on convolutions
+
+
+@pytest.mark.slow
+def test_compiled(scripts, tmp_path, monkeypatch):
+    page = tmp_path / "page.md"
+    models = sys.modules["benchmark_models"]
+    block = lambda: models.Stack([models.BasicTransformerBlock(64, 2, 32, cross_attention_dim=64)])
+    inputs = partial(models._tokens, 8, 5, 64, 64)
+    workload = models.Workload(block, inputs, "hidden_states", {"attention": models.TRANSFORMER})
+    monkeypatch.setitem(models.WORKLOADS, "block", workload)
+    given = ["--models", "block", "--algos", "lokr", "--rounds", "1", "--threads", "1", "--markdown", str(page)]
+    scripts["compiled"].main(given)
+    (line,) = [line for line in page.read_text().splitlines() if line.startswith("| block")]
+    assert "| - |" not in line and float(line.split("|")[-2]) > 0
