@@ -8,7 +8,7 @@ import resource
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -84,7 +84,14 @@ class Run:
 
     def folder(self, root: Path) -> Path:
         """Where its result and pictures are kept."""
-        return root / self.contender / f"{self.subject}-{self.seed}-{self.learning_rate:.2g}"
+        return root / self.contender / f"{self.subject}-{self.seed}-{self.learning_rate:.2g}-{self.steps}"
+
+    def settings(self) -> dict[str, Any]:
+        """Return everything that decides about the result, as JSON has it."""
+        recipe = CONTENDERS[self.contender].recipe
+        configs = {name: config.to_dict() for name, config in recipe.configs().items()}
+        chosen = {"run": asdict(self), "batch": BATCH, "takes": TAKES, "fresh": FRESH, "configs": configs}
+        return json.loads(json.dumps(chosen, default=str))
 
 
 @dataclass(frozen=True)
@@ -126,12 +133,13 @@ class Result:
 
 
 def kept_result(run: Run, root: Path) -> Result | None:
-    """Return the result that an earlier call left, of just this run."""
+    """Return the result that an earlier call left, of just this run with just these settings."""
     path = run.folder(root) / "result.json"
     if not path.exists():
         return None
     found = json.loads(path.read_text(encoding="utf-8"))
-    return Result(**found["result"]) if found["run"] == asdict(run) else None
+    same = found.get("settings") == run.settings() and found["result"].keys() == {field.name for field in fields(Result)}
+    return Result(**found["result"]) if same else None
 
 
 def prepare(seed: int, root: Path) -> None:
@@ -163,7 +171,8 @@ def execute(run: Run, root: Path) -> Result:
     result = Result(**costs, **scores(run, pipe, pictures, [Image.open(path) for path in photos], shared))
     shutil.rmtree(folder / "adapter")
     written = folder / "result.json.part"
-    written.write_text(json.dumps({"run": asdict(run), "result": asdict(result)}, indent=1) + "\n", encoding="utf-8")
+    kept = {"settings": run.settings(), "result": asdict(result)}
+    written.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     written.replace(folder / "result.json")
     return result
 

@@ -77,7 +77,7 @@ class Summary:
 
 
 def summarize(results: Mapping[Run, Result], ranked: bool) -> list[Summary]:
-    """Return a summary of every contender, the one that learned most first.
+    """Return a summary of every contender: with places the one that learned most first, else by name.
 
     Args:
         results: of runs with every contender on the same subjects and seeds.
@@ -98,11 +98,12 @@ def summarize(results: Mapping[Run, Result], ranked: bool) -> list[Summary]:
     for measure, (_, more, _) in MEASURES.items():
         values = {name: np.array([getattr(own[key][1], measure) for key in sorted(keys)]) for name, own in cells.items()}
         for name, own in values.items():
-            low, high = np.percentile(own[picked].mean(1), (2.5, 97.5))
-            places = places_of(name, values, more) if ranked else None
-            spreads[name][measure] = Spread(float(own.mean()), float(low), float(high), places)
+            places = places_of(name, values, picked, more) if ranked else None
+            spreads[name][measure] = Spread(float(own.mean()), *interval(own, picked), places)
     processor = main_processor(results)
     summaries = [_summary(name, list(own.values()), spreads[name], processor) for name, own in cells.items()]
+    if not ranked:
+        return sorted(summaries, key=lambda summary: CONTENDERS[summary.contender].title.lower())
     return sorted(summaries, key=lambda summary: -summary.spreads["learned"].mean)
 
 
@@ -114,16 +115,25 @@ def resamples(keys: Sequence[tuple[str, int]]) -> np.ndarray:
     return np.concatenate([generator.choice(group, (RESAMPLED, len(group))) for group in groups], axis=1)
 
 
-def places_of(name: str, values: Mapping[str, np.ndarray], more: bool) -> tuple[int, int]:
+def interval(values: np.ndarray, picked: np.ndarray) -> tuple[float, float]:
+    """Return the 95 % interval of the mean, over samples of `resamples`."""
+    low, high = np.percentile(values[picked].mean(1), (2.5, 97.5))
+    return float(low), float(high)
+
+
+def places_of(name: str, values: Mapping[str, np.ndarray], picked: np.ndarray, more: bool) -> tuple[int, int]:
     """Return the best and the worst place that one contender may have.
 
-    Another one is ahead, or behind, only if `chance` of the differences in the same subjects and seeds is below `CERTAIN`:
-    there are many pairs.
+    Another one is ahead, or behind, only if the intervals do not overlap, and `chance` of the differences in the same
+    subjects and seeds is below `CERTAIN`.
     """
     ahead = behind = 0
-    for other, theirs in values.items():
+    low, high = interval(values[name], picked)
+    for theirs in values.values():
+        their_low, their_high = interval(theirs, picked)
+        apart = their_low > high or their_high < low
         difference = (theirs - values[name]) * (1 if more else -1)
-        if other != name and chance(difference) < CERTAIN:
+        if apart and chance(difference) < CERTAIN:
             ahead += bool(difference.mean() > 0)
             behind += bool(difference.mean() < 0)
     return 1 + ahead, len(values) - behind
@@ -272,22 +282,24 @@ def _power(run: Run) -> int:
 
 
 RANKED = """After the comma, the
-places that are left open: another adapter is ahead only where the differences, subject by subject and seed by seed, would be
-so large in less than one of a hundred cases if their signs were by chance (a permutation test). "1.-9." means that nothing
-more can be said."""
+places that are left open: another adapter is ahead only where the intervals do not overlap, and the differences, subject by
+subject and seed by seed, would be so large in less than one of a hundred cases if their signs were by chance (a permutation
+test; nothing is corrected for how many pairs there are). "1.-9." means that nothing more can be said."""
 UNRANKED = "Too few runs to say which adapter is ahead of which."
 
 PAGE = """# Adapters compared
 
 `python scripts/compare_adapters.py --markdown docs/adapters-compared.md` wrote this page: every adapter trained by the same
 loop on the embedded base model, and measured in the pixels of what it draws. It says what these adapters do to this small
-model in {steps} steps, with sizes as in `lycoris_diff/tiny/recipes.py`; a large model may order them otherwise.
+model in {steps} steps, with sizes as in `lycoris_diff/tiny/recipes.py`; a large model may order them otherwise. A run is a minute
+or two of one core, drawing and measuring included; with three subjects and seeds all of them take some three hours on two.
 
 ![What each adapter learns and keeps](images/adapters-measures.png)
 
 {table}
 
-Means over {runs} runs (drawn creatures: {subjects}, seeds: {seeds}) with 95 % bootstrap intervals. {places}
+Means over {runs} runs (drawn creatures: {subjects}, seeds: {seeds}) with 95 % bootstrap intervals over the seeds, of just these
+creatures. {places}
 
 - *Subject learned*: 0 % is what the base model draws for the prompt, 100 % what the autoencoder can show of the drawn pictures.
 - *Prompt followed*: of the subject's pictures ({takes} on each of six backgrounds, one of which was not in training), those
@@ -297,6 +309,7 @@ Means over {runs} runs (drawn creatures: {subjects}, seeds: {seeds}) with 95 % b
 - *Near copies*: of the subject's pictures, those that are nearer to a training picture than 19 of 20 fresh drawings are.
 - *File*: the kohya file where the adapter has one, else the PEFT directories. *Peak*: memory of the process while it trains,
   beyond what it had before.
+- *Full weights*: those of the linear and convolution layers; embeddings, norms and biases stay.
 
 ![Learned and kept](images/adapters-plane.png)
 

@@ -5,7 +5,8 @@
     python scripts/run_notebooks.py notebooks/load_and_mix.ipynb
 
 What a cell prints as a warning goes to the console, not into the notebook. Everything a notebook writes goes into a folder
-that is removed. The metadata keep a hash of the cells, by which the tests see that the outputs are those of the cells above.
+that is removed. The metadata keep a hash of the cells and of what they read of the repository, by which the tests see that the
+outputs are those of the cells above.
 """
 
 from __future__ import annotations
@@ -82,9 +83,10 @@ def execute(path: Path, folder: Path, parameters: Mapping[str, Any] | None = Non
 
 
 def sources(book: NotebookNode) -> str:
-    """Return a hash of a notebook's code, to be compared with `book.metadata.sources`."""
-    code = [cell.source for cell in book.cells if cell.cell_type == "code"]
-    return hashlib.sha256("\0".join(code).encode()).hexdigest()
+    """Return a hash of a notebook's code and the files that it reads, to be compared with `book.metadata.sources`."""
+    code = "\0".join(cell.source for cell in book.cells if cell.cell_type == "code")
+    read = [(ROOT / name).read_bytes() for name in BESIDE if Path(name).name in code]
+    return hashlib.sha256(b"\0".join([code.encode(), *read])).hexdigest()
 
 
 def take_warnings(book: NotebookNode) -> list[str]:

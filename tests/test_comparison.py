@@ -77,9 +77,15 @@ class TestRanking:
 
     def test_less_may_be_better(self, scripts):
         report = scripts["report"]
-        values = {"a": np.full(9, 1.0), "b": np.full(9, 2.0)}
-        assert report.places_of("a", values, more=False) == (1, 1)
-        assert report.places_of("a", values, more=True) == (2, 2)
+        values, picked = {"a": np.full(9, 1.0), "b": np.full(9, 2.0)}, np.arange(9)[None]
+        assert report.places_of("a", values, picked, more=False) == (1, 1)
+        assert report.places_of("a", values, picked, more=True) == (2, 2)
+
+    def test_intervals_that_overlap_are_not_ranked(self, scripts):
+        """Not even where every single difference has the same sign."""
+        lora = [0.2, 0.5, 0.8, 0.2, 0.5, 0.8, 0.2, 0.5, 0.8]
+        found = results(scripts, {"lora": lora, "lokr": [value + 0.01 for value in lora]})
+        assert [s.spreads["learned"].places for s in scripts["report"].summarize(found, ranked=True)] == [(1, 2), (1, 2)]
 
     def test_chance_is_that_of_signs(self, scripts):
         chance = scripts["report"].chance
@@ -96,7 +102,9 @@ class TestRanking:
 
     def test_few_runs_are_not_ranked(self, scripts):
         found = results(scripts, {"lora": [0.9] * 9, "lokr": [0.1] * 9})
-        assert all(s.spreads["learned"].places is None for s in scripts["report"].summarize(found, ranked=False))
+        summaries = scripts["report"].summarize(found, ranked=False)
+        assert all(s.spreads["learned"].places is None for s in summaries)
+        assert [s.contender for s in summaries] == ["lokr", "lora"]  # by name
 
     def test_seconds_are_of_one_processor(self, scripts):
         found = results(scripts, {"lora": [0.9] * 9})
@@ -112,6 +120,39 @@ class TestRanking:
         del found[next(run for run in found if run.contender == "lokr")]
         with pytest.raises(ValueError, match="expected the same for all"):
             scripts["report"].summarize(found, ranked=True)
+
+
+class TestKept:
+    def keep(self, run, root, **changes):
+        folder = run.folder(root)
+        folder.mkdir(parents=True)
+        values = {"settings": run.settings(), "result": dict(vars(changes.pop("result"))), **changes}
+        (folder / "result.json").write_text(json.dumps(values))
+
+    def test_only_the_same_run_is_known(self, scripts, tmp_path):
+        runs = scripts["runs"]
+        run, longer = (runs.Run("lora", "lime", 0, 1e-3, steps) for steps in (4, 8))
+        assert runs.kept_result(run, tmp_path) is None
+        self.keep(run, tmp_path, result=result(scripts))
+        assert runs.kept_result(run, tmp_path) == result(scripts)
+        assert run.folder(tmp_path) != longer.folder(tmp_path) and runs.kept_result(longer, tmp_path) is None
+
+    def test_other_settings_are_another_run(self, scripts, tmp_path, monkeypatch):
+        runs = scripts["runs"]
+        run = runs.Run("lora", "lime", 0, 1e-3, 4)
+        self.keep(run, tmp_path, result=result(scripts))
+        monkeypatch.setattr(runs, "BATCH", runs.BATCH + 1)
+        assert runs.kept_result(run, tmp_path) is None
+        monkeypatch.undo()
+        monkeypatch.setitem(runs.CONTENDERS["lora"].recipe.fields, "r", 5)
+        assert runs.kept_result(run, tmp_path) is None
+
+    def test_results_without_all_measures_are_made_anew(self, scripts, tmp_path):
+        run = scripts["runs"].Run("lora", "lime", 0, 1e-3, 4)
+        old = result(scripts)
+        object.__delattr__(old, "processor")
+        self.keep(run, tmp_path, result=old)
+        assert scripts["runs"].kept_result(run, tmp_path) is None
 
 
 class TestSearch:

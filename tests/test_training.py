@@ -212,6 +212,14 @@ class TestPrecision:
             torch.testing.assert_close(trained(thrifty)[name], value, rtol=1e-3, atol=1e-5)
         assert not thrifty.unet.is_gradient_checkpointing
 
+    def test_a_frozen_denoiser_is_recomputed_too(self, pipe, pictures, out):
+        """What the text encoder learns from passes through all of it."""
+        seen = []
+        encoder = {"text_encoder": LoraConfig(r=2, target_modules=["q_proj"])}
+        config = short_run(pictures, out, adapters=encoder, gradient_checkpointing=True)
+        train_dreambooth(pipe, config, lambda step: seen.append(pipe.unet.is_gradient_checkpointing))
+        assert seen and all(seen) and not pipe.unet.is_gradient_checkpointing
+
     @pytest.mark.slow
     def test_compiled_run_learns_the_same(self, pictures, tmp_path):
         """Fused kernels add up in another order: equal to float32 rounding of a few steps, not to the bit."""

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,9 +16,10 @@ import torch
 from safetensors.torch import load_file
 from trainingcases import ADAPTERS, adapters, draw, short_run, small_pipe
 
-from lycoris_diff import LoraConfig
+from lycoris_diff import LoraConfig, load_adapter
 from lycoris_diff.errors import AdapterError, ConfigError
 from lycoris_diff.training import train_dreambooth
+from lycoris_diff.training.prepare import check_class_pictures
 from lycoris_diff.training.processes import check_processes
 
 HERE = Path(__file__).parent
@@ -28,7 +30,7 @@ RUN = """
 import json, os, sys
 from pathlib import Path
 sys.path[:0] = [{here!r}, {root!r}]
-from test_training_processes import NAMES, SHARDED, every, settings
+from test_training_processes import NAMES, SHARDED, every, formats_of, settings
 from torch.distributed.tensor import DTensor
 from trainingcases import short_run, small_pipe
 from lycoris_diff.cli.train import is_main_process
@@ -45,48 +47,51 @@ def run(name, pictures="pictures", **changes):
 
 if "ACCELERATE_USE_FSDP" in os.environ:
     for name in SHARDED:
-        pipe = run(f"{{name}}-sharded", "wide", **every(name, folder))
+        pipe = run(f"{{name}}-sharded", "wide", **every(name, folder) | dict(formats=formats_of(name)))
         for model in (pipe.unet, pipe.text_encoder):
             for parameter in model.parameters():  # the base in halves, the adapter whole
                 assert isinstance(parameter, DTensor) == (not parameter.requires_grad)
     sys.exit()
 
-first = settings() | dict(checkpoint_every=1, preview_prompts=["a"], preview_steps=1)
-run("two", **first)
-run("two", **first | dict(max_train_steps=3, resume="latest"))
-run("one-then-two", **settings() | dict(max_train_steps=3, resume="latest"))
+first = settings(folder) | dict(checkpoint_every=1, preview_prompts=["a"], preview_steps=1)
+run("two", "wide", **first)
+run("two", "wide", **first | dict(max_train_steps=3, resume="latest"))
+run("one-then-two", "wide", **settings(folder) | dict(max_train_steps=3, resume="latest"))
 for name in NAMES:
     run(name, "wide", **every(name, folder))
 """
 
 
-def settings():
-    """No momentum, and no dropout, which each process has of its own."""
+def settings(folder):
+    """Buckets and prior preservation; no momentum, and no dropout, which each process has of its own."""
     unet, encoder = LoraConfig(r=2, target_modules=["to_q", "conv1"]), LoraConfig(r=2, target_modules=["q_proj"])
-    return {"adapters": {"unet": unet, "text_encoder": encoder}, "optimizer": "torch.optim.SGD", "learning_rate": 1.0}
-
-
-def every(name, folder):
-    """One algorithm with buckets and prior preservation."""
-    configs = adapters(name)
-    for config in configs.values():
-        for dropout in ("lora_dropout", "rank_dropout", "module_dropout"):
-            if hasattr(config, dropout):
-                setattr(config, dropout, 0.0)
     return {
-        "adapters": configs,
+        "adapters": {"unet": unet, "text_encoder": encoder},
         "optimizer": "torch.optim.SGD",
-        "learning_rate": 0.1,
-        "max_train_steps": 2,
+        "learning_rate": 1.0,
         "aspect_buckets": True,
         "bucket_step": 8,
         "class_prompt": "c",
         "class_data_dir": folder / "pictures",
         "num_class_images": 3,
         "cache_dir": folder / "cache",
-        "held_out_samples": 1,
-        "formats": ("peft",),
     }
+
+
+def every(name, folder):
+    """The same for one algorithm."""
+    configs = adapters(name)
+    for config in configs.values():
+        for dropout in ("lora_dropout", "rank_dropout", "module_dropout"):
+            if hasattr(config, dropout):
+                setattr(config, dropout, 0.0)
+    few = {"learning_rate": 0.1, "max_train_steps": 2, "held_out_samples": 1, "formats": ("peft",)}
+    return settings(folder) | few | {"adapters": configs}
+
+
+def formats_of(name):
+    """PEFT's directories, and the one file for all components, where kohya's readers have the algorithm."""
+    return ("peft",) if name == "shira" else ("peft", "kohya")
 
 
 def weights(folder):
@@ -104,7 +109,8 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
     draw(folder / "pictures")
     draw(folder / "wide", 4, ((16, 16), (32, 8)))
-    train_dreambooth(small_pipe(), short_run(folder / "pictures", folder / "one-then-two", checkpoint_every=2, **settings()))
+    first = short_run(folder / "wide", folder / "one-then-two", checkpoint_every=2, **settings(folder))
+    train_dreambooth(small_pipe(), first)
     launch(folder)
     return folder
 
@@ -124,7 +130,7 @@ def alone(folder):
     """Losses of the same in one process, three steps and four."""
     return {
         steps: train_dreambooth(
-            small_pipe(), short_run(folder / "pictures", folder / f"alone-{steps}", max_train_steps=steps, **settings())
+            small_pipe(), short_run(folder / "wide", folder / f"alone-{steps}", max_train_steps=steps, **settings(folder))
         ).losses
         for steps in (3, 4)
     }
@@ -154,7 +160,7 @@ def test_two_processes_train_what_one_does(name, folder, alone):
 
 def test_one_process_goes_on_from_two(folder, alone):
     shutil.copytree(folder / "two", folder / "two-then-one")
-    config = short_run(folder / "pictures", folder / "two-then-one", max_train_steps=4, resume="latest", **settings())
+    config = short_run(folder / "wide", folder / "two-then-one", max_train_steps=4, resume="latest", **settings(folder))
     with pytest.warns(UserWarning, match="the checkpoint is of 2 processes, here are 1: .* dropout will not be"):
         report = train_dreambooth(small_pipe(), config)
     assert report.resumed_from == 3 and report.losses == pytest.approx(alone[4], rel=1e-5)
@@ -162,9 +168,9 @@ def test_one_process_goes_on_from_two(folder, alone):
 
 
 def test_another_number_of_pictures_is_refused(folder):
-    changes = settings() | {"train_batch_size": 1, "max_train_steps": 4, "resume": "latest"}
+    changes = settings(folder) | {"train_batch_size": 1, "max_train_steps": 4, "resume": "latest"}
     with pytest.raises(AdapterError, match="train_batch_size x processes: 2 then, 1 now"):
-        train_dreambooth(small_pipe(), short_run(folder / "pictures", folder / "two", **changes))
+        train_dreambooth(small_pipe(), short_run(folder / "wide", folder / "two", **changes))
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +214,11 @@ def sharded(folder):
 
 @pytest.mark.parametrize("name", SHARDED)
 def test_a_sharded_base(name, folder, sharded, single):
+    """The same weights, and one file of all components for kohya's readers, whose tensors are whole."""
     assert_trained_alike(folder, f"{name}-sharded", single(name))
+    if "kohya" in formats_of(name):
+        report = load_adapter(small_pipe(), reports(folder, f"{name}-sharded")[0]["paths"]["kohya"])
+        assert report.loaded and {module.component for module in report.matched} == {"unet", "text_encoder"}
 
 
 class TestRefusals:
@@ -236,6 +246,16 @@ class TestRefusals:
             monkeypatch.setenv(name, value)
         with pytest.raises(ConfigError, match=message):
             check_processes(self.accelerator(), previews)
+
+    def test_class_pictures_are_not_drawn_by_parts(self, tmp_path, monkeypatch):
+        draw(tmp_path / "class", 2)
+        config = short_run(tmp_path, tmp_path / "out", class_prompt="c", class_data_dir=tmp_path / "class", num_class_images=3)
+        check_class_pictures(config, self.accelerator())
+        for name, value in FSDP.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ConfigError, match="has 2 of 3 pictures of the class"):
+            check_class_pictures(config, self.accelerator())
+        check_class_pictures(replace(config, num_class_images=2), self.accelerator())
 
     def test_processes_that_do_not_know_of_each_other(self, monkeypatch):
         monkeypatch.setenv("WORLD_SIZE", "2")

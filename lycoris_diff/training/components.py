@@ -84,7 +84,9 @@ def prepared(family: Family, config: DreamBoothConfig, accelerator: Accelerator)
             if frozen:
                 thawed += trainable(model)
                 model.requires_grad_(False).eval()
-            elif config.gradient_checkpointing and not model.is_gradient_checkpointing:
+            # gradients of the text encoders pass through a denoiser that is frozen itself
+            passed = not frozen or component == family.denoiser
+            if passed and config.gradient_checkpointing and not model.is_gradient_checkpointing:
                 _checkpointing(model, True)
                 checkpointed.append(model)
             # no DistributedDataParallel: what is trained is small, and the loop averages its gradients

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
+from accelerate.utils import InitProcessGroupKwargs
 
 from ..errors import AdapterError, ConfigError
 from .activations import SavedForBackward
@@ -26,7 +27,7 @@ from .optimizers import check_optimizer, risky_learning_rate
 from .outputs import RunFacts, check_outputs, save_outputs, upload
 from .plan import Measured, TrainPlan, choose_size, plan_training
 from .prepare import Data, OnStage, buckets_of, encode_data, find_data, prepare_data
-from .processes import check_processes, process_state
+from .processes import WAIT, check_processes, move, process_state
 from .record import UNKNOWN, run_metadata
 from .report import TrainReport, TrainStep
 
@@ -71,7 +72,7 @@ def train_dreambooth(
     config.output.mkdir(parents=True, exist_ok=True)
     accelerator = _make_accelerator(config)
     check_processes(accelerator, config.preview_prompts)
-    pipe.to(accelerator.device)
+    move(pipe, family.denoiser, accelerator)
     base_digest = key_of(*(model_digest(getattr(pipe, name)) for name in (*family.components, "vae")))
     data = prepare_data(family, config, pictures, accelerator, config.cache, on_stage or _quiet)
     started, notes = time.time(), list(risky_learning_rate(config))
@@ -271,6 +272,7 @@ def _make_accelerator(config: DreamBoothConfig) -> Accelerator:
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             log_with=trackers or None,
             project_dir=str(config.output / "logs"),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)],
         )
     except ValueError as error:  # precision not available here, or another one already chosen in this process
         raise AdapterError(f"accelerate refuses mixed_precision={config.mixed_precision!r}: {error}") from error

@@ -14,11 +14,12 @@ from .config import DreamBoothConfig
 from .data.buckets import Bucket, Placement, make_buckets, place
 from .data.cache import DiskCache
 from .data.class_pictures import ensure_class_pictures
-from .data.pictures import Picture, PictureSet, find_pictures
+from .data.pictures import Picture, PictureSet, all_picture_files, find_pictures
 from .data.stream import Stream
 from .families import Family
 from .latents import LatentStore
 from .objective import Objective
+from .processes import sharding
 from .prompts import Prompts
 
 #: what a long stage calls: its name, what is done and how much there is
@@ -92,9 +93,27 @@ def prepare_data(
         AdapterError: pictures or prompts that cannot be used.
         OSError: a file cannot be read or written.
     """
+    check_class_pictures(config, accelerator)
     with accelerator.main_process_first():
         class_pictures, generated = find_class_data(family, config, on_stage)
         return encode_data(family, config, pictures, class_pictures, generated, cache, on_stage)
+
+
+def check_class_pictures(config: DreamBoothConfig, accelerator: Accelerator) -> None:
+    """Refuse to draw pictures of the class where no process has the whole model.
+
+    Raises:
+        ConfigError: with the number of pictures that there are.
+    """
+    folder = config.class_pictures
+    if folder is None or config.class_prompt is None or sharding(accelerator) is None:
+        return
+    there = len(all_picture_files(folder)) if folder.is_dir() else 0
+    if there < config.num_class_images:
+        raise ConfigError(
+            f"{folder} has {there} of {config.num_class_images} pictures of the class; with FSDP no process has the whole "
+            "model to draw the others. Put them there, or have a run without FSDP draw them"
+        )
 
 
 def encode_data(

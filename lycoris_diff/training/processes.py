@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from ..errors import ConfigError
 from ..model import AdapterModel
 
+WAIT = timedelta(hours=6)  # for the first process, which draws class pictures and previews and encodes everything
 MESSAGE = 2**24  # numbers that are sent at once: adapters of most sizes, and no second copy of a whole model's gradients
 
 
@@ -23,7 +25,7 @@ def process_state() -> PartialState:
     `accelerate launch --cpu` says so in an environment variable that `Accelerator` reads and `PartialState` does not; whoever
     comes first decides, and the processes would not know of each other.
     """
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=WAIT)
 
 
 @torch.no_grad()
@@ -108,6 +110,16 @@ def check_processes(accelerator: Accelerator, previews: Sequence[str]) -> None:
         raise ConfigError("preview_prompts: one process draws previews, and with FSDP none has the whole model; leave it empty")
 
 
+def move(pipe: Any, denoiser: str, accelerator: Accelerator) -> None:
+    """Move a pipeline to the accelerator's device; with FSDP without the denoiser, which follows part by part as it is cut."""
+    if sharding(accelerator) is None:
+        pipe.to(accelerator.device)
+        return
+    for name, component in pipe.components.items():
+        if name != denoiser and isinstance(component, nn.Module):
+            component.to(accelerator.device)
+
+
 def shard_frozen(accelerator: Accelerator, model: nn.Module) -> None:
     """Shard what is frozen by FSDP2 (`torch.distributed.fsdp.fully_shard`), as accelerate's configuration says.
 
@@ -117,12 +129,15 @@ def shard_frozen(accelerator: Accelerator, model: nn.Module) -> None:
     inner: Any = model.get_base_model() if isinstance(model, AdapterModel) else model
     plugin = sharding(accelerator)
     names = plugin.transformer_cls_names_to_wrap or getattr(inner, "_no_split_modules", None) or ()
+    whole = {parameter for parameter in inner.parameters() if parameter.requires_grad}
     settings: dict[str, Any] = {
         "reshard_after_forward": plugin.reshard_after_forward,
         "offload_policy": plugin.cpu_offload,
         "mp_policy": plugin.mixed_precision_policy or MixedPrecisionPolicy(),
-        "ignored_params": {parameter for parameter in inner.parameters() if parameter.requires_grad},
+        "ignored_params": whole,
     }
+    for parameter in whole:  # `fully_shard` moves the others
+        parameter.data = parameter.data.to(accelerator.device)
     for module in reversed(list(inner.modules())):  # children first
         if type(module).__name__ in names or module is inner:
             fully_shard(module, **settings)
