@@ -192,14 +192,15 @@ def single(folder):
 
 
 def assert_trained_alike(folder, name, single):
-    """To the float32 error of a sum over two processes."""
+    """To the float32 error of a sum over two processes, and the rounding of two updates to each of the two weights."""
     main, other = reports(folder, name)
     report, after, steps = single
     assert main["losses"] == other["losses"] == pytest.approx(report.losses, rel=1e-5)
     together = weights(folder / name)
     assert together.keys() == after.keys() and max(steps.values()) > 1e-3
     for key, value in after.items():
-        assert (together[key] - value).norm() <= 1e-4 * steps[key] + 1e-7, key
+        rounding = 4 * torch.finfo(torch.float32).eps * value.norm()
+        assert (together[key] - value).norm() <= 1e-4 * steps[key] + rounding, key
 
 
 @pytest.mark.parametrize("name", NAMES)
