@@ -291,8 +291,8 @@ PAGE = """# Adapters compared
 
 `python scripts/compare_adapters.py --markdown docs/adapters-compared.md` wrote this page: every adapter trained by the same
 loop on the embedded base model, and measured in the pixels of what it draws. It says what these adapters do to this small
-model in {steps} steps, with sizes as in `lycoris_diff/tiny/recipes.py`; a large model may order them otherwise. A run is a minute
-or two of one core, drawing and measuring included; with three subjects and seeds all of them take some three hours on two.
+model in {steps} steps, with sizes as in `lycoris_diff/tiny/recipes.py`; a large model may order them otherwise. A run is a
+minute or two of one core, drawing and measuring included; with three subjects and seeds all take some three hours on two.
 
 ![What each adapter learns and keeps](images/adapters-measures.png)
 
@@ -341,6 +341,9 @@ def measure_chart(summaries: Sequence[Summary], path: Path) -> None:
             colour = _colour(summary.contender)
             axis.errorbar([scale * spread.mean], [place], xerr=bars, fmt="o", ms=5, lw=1.5, color=colour)
         axis.set_title(_heading(measure, "\n"), fontsize=9)
+        if share:  # no tick where there is no share
+            low, high = axis.get_xlim()
+            axis.set_xlim(max(low, -2), min(high, 101))
         axis.grid(axis="x", color="#e3e6eb")
         axis.spines[["top", "right", "left"]].set_visible(False)
         axis.tick_params(axis="y", length=0)
@@ -358,7 +361,8 @@ def plane_chart(summaries: Sequence[Summary], path: Path) -> None:
         x, y = across_scale * summary.spreads[across].mean, up_scale * summary.spreads[up].mean
         colour = _colour(summary.contender)
         axis.scatter([x], [y], s=24 + 12 * np.log2(summary.parameters / 10_000 + 1), color=colour, alpha=0.75)
-        axis.annotate(CONTENDERS[summary.contender].title, (x, y), (6, 4), textcoords="offset points", fontsize=8)
+        beside = (6, -11) if CONTENDERS[summary.contender].peft else (6, 4)  # PEFT's are near ours
+        axis.annotate(CONTENDERS[summary.contender].title, (x, y), beside, textcoords="offset points", fontsize=8)
     axis.set_xlabel(_heading(across))
     axis.set_ylabel(_heading(up))
     axis.set_title("means; dots grow with the number of parameters", fontsize=9, loc="left")

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+#: channels of an output below which a product with a transposed view of a weight is slow in MKL
+NARROW = 16
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _CONV_LAYERS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 
@@ -135,6 +137,8 @@ class Geometry:
         """``weight (p, d)`` on each of ``groups`` slices of d channels: ``(b, groups*d, *s) -> (b, groups*p, *s)``."""
         p, d = weight.shape
         if not self.kernel:
+            if p < NARROW:  # half the time, where it is a transposed view
+                weight = weight.contiguous()
             return F.linear(x, weight) if groups == 1 else F.linear(x.reshape(-1, d), weight).view(x.shape[0], groups * p)
         y = torch.matmul(weight, x.reshape(x.shape[0] * groups, d, prod(x.shape[2:])))
         return y.view(x.shape[0], groups * p, *x.shape[2:])
