@@ -47,7 +47,8 @@ def test_life_of_an_adapter(family, kind, tmp_path):
 
     model.save_pretrained(tmp_path)
     reloaded = AdapterModel.from_pretrained(make(), tmp_path)
-    assert torch.equal(output_of(reloaded, inputs), changed)
+    # the same values; some processors add up in another order where memory is aligned otherwise
+    assert relative_error(output_of(reloaded, inputs), changed) < 1e-6
 
     model.merge_adapter()
     assert relative_error(output_of(model, inputs), changed) < 1e-4

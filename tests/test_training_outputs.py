@@ -62,9 +62,11 @@ class TestReaders:
         assert (trained - base).abs().max() > 1e-3, "the adapter does nothing, the test shows nothing"
         by_directories, by_trainer = fresh_pipeline(), fresh_pipeline()
         load_adapter(by_directories, config.output)
-        assert torch.equal(answer(by_directories), trained)
+        # the same values; some processors add up in another order where memory is aligned otherwise
+        same = lambda loaded: torch.testing.assert_close(answer(loaded), trained, rtol=1e-5, atol=1e-6)
+        same(by_directories)
         assert set(load_trained(by_trainer, config.output)) == {"unet", "text_encoder"}
-        assert torch.equal(answer(by_trainer), trained)
+        same(by_trainer)
         assert ("kohya" in written) == (name not in NO_KOHYA) == config.adapter_file.is_file()
         if name not in NO_KOHYA:
             by_file = fresh_pipeline()
@@ -73,7 +75,7 @@ class TestReaders:
             if name in REWRITTEN:
                 torch.testing.assert_close(answer(by_file), trained, rtol=1e-4, atol=1e-5)
             else:
-                assert torch.equal(answer(by_file), trained)
+                same(by_file)
 
     @pytest.mark.parametrize("name", CASES)
     def test_loaded_by_peft(self, name, saved):
