@@ -56,9 +56,10 @@ def main(arguments: list[str] | None = None) -> None:
         for dtype in options.dtypes
         for algorithm in options.algos
     ]
-    series = sorted(earlier(options.json), key=lambda one: one.machine == machine(options.device))
-    if not series or series[-1].machine != machine(options.device):
-        series.append(Series(machine(options.device), {}))
+    here = machine(options.device)
+    series = sorted(earlier(options.json), key=lambda one: one.machine == here)
+    if not series or series[-1].machine != here:
+        series.append(Series(here, {}))
     rows = series[-1].rows
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=len(cases))

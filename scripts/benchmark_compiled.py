@@ -126,10 +126,10 @@ HEADERS += ["ours forward x", f"ours{COMPILED} forward x", "ours saved MiB", f"o
 
 def cells(row: Row) -> list[str]:
     """Return one line of the table, under `HEADERS`."""
-    case, compiled = row.case, "ours" + COMPILED
+    compiled = "ours" + COMPILED
     return [
-        case.model if case.dtype == "float32" else f"{case.model} {case.dtype}",
-        case.algorithm,
+        row.case.label,
+        row.case.algorithm,
         f"{row.base_seconds:.3f}",
         *[str(row.step.get(name, "-")) for name in MEASURED],
         *[str(row.forward[name]) for name in ("ours", compiled)],

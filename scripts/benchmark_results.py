@@ -43,6 +43,11 @@ class Case:
     dtype: str
     device: str
 
+    @property
+    def label(self) -> str:
+        """The model, and the dtype where it is not the usual one."""
+        return self.model if self.dtype == "float32" else f"{self.model} {self.dtype}"
+
     def contender(self, name: str) -> Contender | None:
         """Return one contender over the case's shared weights, or None if it has no such algorithm there."""
         return make(name, self.model, ALGORITHMS[self.algorithm], self.targets, getattr(torch, self.dtype), self.device)
@@ -160,7 +165,7 @@ def cells(row: Row) -> list[str]:
     """Return one line of the table, under `HEADERS`."""
     case = row.case
     return [
-        case.model if case.dtype == "float32" else f"{case.model} {case.dtype}",
+        case.label,
         case.targets,
         case.algorithm,
         f"{next(iter(row.parameters.values()), 0):,}",
