@@ -20,7 +20,7 @@ from .activations import SavedForBackward
 from .components import adapters_on, forked_rng, prepared, repeatable
 from .config import DreamBoothConfig
 from .data.cache import key_of, model_digest
-from .data.pictures import PictureSet, all_picture_files
+from .data.pictures import PictureSet, count_picture_files
 from .families import Family, family_of
 from .loop import Loop, checkpoints_of
 from .optimizers import check_optimizer, risky_learning_rate
@@ -185,7 +185,7 @@ def _planned_metadata(
 ) -> dict[str, str]:
     """Metadata as long as what the run will write; its values may differ."""
     folder = config.class_pictures
-    present = len(all_picture_files(folder)) if folder is not None and folder.is_dir() else 0
+    present = count_picture_files(folder)
     classes = max(present, config.num_class_images if config.class_prompt is not None else 0) if folder else 0
     digest = pictures.digest * (2 if folder else 1)
     facts = _facts(family, config.to_dict(), base, pictures, digest, classes, process_state().num_processes)

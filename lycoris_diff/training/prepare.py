@@ -14,7 +14,7 @@ from .config import DreamBoothConfig
 from .data.buckets import Bucket, Placement, make_buckets, place
 from .data.cache import DiskCache
 from .data.class_pictures import ensure_class_pictures
-from .data.pictures import Picture, PictureSet, all_picture_files, find_pictures
+from .data.pictures import Picture, PictureSet, count_picture_files, find_pictures
 from .data.stream import Stream
 from .families import Family
 from .latents import LatentStore
@@ -108,7 +108,7 @@ def check_class_pictures(config: DreamBoothConfig, accelerator: Accelerator) -> 
     folder = config.class_pictures
     if folder is None or config.class_prompt is None or sharding(accelerator) is None:
         return
-    there = len(all_picture_files(folder)) if folder.is_dir() else 0
+    there = count_picture_files(folder)
     if there < config.num_class_images:
         raise ConfigError(
             f"{folder} has {there} of {config.num_class_images} pictures of the class; with FSDP no process has the whole "

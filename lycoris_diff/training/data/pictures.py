@@ -160,6 +160,11 @@ def all_picture_files(root: Path) -> list[Path]:
     return [path for folder in _folders(root, 1, []) for path in picture_files(folder.path)]
 
 
+def count_picture_files(root: Path | None) -> int:
+    """Return how many files `all_picture_files` finds; none where there is no directory."""
+    return len(all_picture_files(root)) if root is not None and root.is_dir() else 0
+
+
 def picture_files(folder: Path) -> list[Path]:
     """Return the picture files directly in `folder`, sorted by path; hidden files and masks are left out.
 
