@@ -75,7 +75,7 @@ def measure(algorithm: str) -> list[float]:
     gradient = torch.randn(1, TOKENS, WIDTH)
     base, ours, theirs = (layer_of(name, algorithm) for name in ("base", "ours", "PEFT"))
     found = [fastest(partial(step, each, x, gradient)) for each in (base, ours, theirs)]
-    light.drop_parts(ours)
+    ours.plans.clear()
     limits = light.SMALL, light.LITTLE
     light.SMALL = light.LITTLE = 0
     found.insert(2, fastest(partial(step, ours, x, gradient)))

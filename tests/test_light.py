@@ -14,6 +14,7 @@ from torch import nn
 from lycoris_diff import AdapterError, LoHaConfig, LoKrConfig, LoraConfig, inject_adapter
 from lycoris_diff.execution import engine
 from lycoris_diff.layers import light
+from lycoris_diff.layers.plans import KINDS
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def test_same_function(algorithm, layer, ran, monkeypatch):
         assert ran == {"light": 1, "fused": 0}
     monkeypatch.setattr(light, "SMALL", 0)
     monkeypatch.setattr(light, "LITTLE", 0)
-    light.drop_parts(adapted)
+    adapted.plans.clear()
     torch.testing.assert_close(found, results(model, x), rtol=1e-10, atol=1e-10)
     assert ran["light"] <= 1
 
@@ -181,7 +182,7 @@ class TestChanges:
         model = layer_with()
         for tokens in range(1, 150):
             model(torch.randn(tokens, 64))
-        assert len(light._PARTS[model.layer]) <= 65
+        assert len(model.layer.plans) <= KINDS
 
 
 @pytest.mark.parametrize("algorithm", ["lora", "lokr", "miss-odd"])

@@ -9,6 +9,7 @@ written.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -36,17 +37,30 @@ class Term(NamedTuple):
     sampled: Step | None = None
 
 
-class Call(NamedTuple):
-    """Everything about a call that is not a tensor."""
+@dataclass(slots=True)
+class Call:
+    """Everything about a call that is not a tensor.
+
+    Attributes:
+        geometry: of the host.
+        terms: adapters' parts.
+        dtype: in which the operation runs.
+        is_dense: some term changes the weight.
+        is_direct: no term does, and every program's gradients are known as formulas.
+        names: of all tensors, in order.
+    """
 
     geometry: Geometry
     terms: tuple[Term, ...]
     dtype: torch.dtype
+    is_dense: bool = field(init=False)
+    is_direct: bool = field(init=False)
+    names: tuple[str, ...] = field(init=False)
 
-    @property
-    def is_dense(self) -> bool:
-        """Whether some term changes the weight."""
-        return any(term.program is None for term in self.terms)
+    def __post_init__(self) -> None:
+        self.is_dense = any([term.program is None for term in self.terms])
+        self.is_direct = all([term.program is not None and term.program.direct for term in self.terms])
+        self.names = tuple([name for term in self.terms for name in term.names])
 
     def split(self, tensors: Sequence[Tensor]) -> list[tuple[Term, dict[str, Tensor]]]:
         """Factors by name for every term."""
@@ -71,7 +85,7 @@ class Call(NamedTuple):
         """The same result in plain differentiable operations."""
         geo = self.geometry
         dense = tuple(t if t.program is None or not t.program.eager_only else t._replace(program=None) for t in self.terms)
-        call = self._replace(terms=dense)
+        call = replace(self, terms=dense)
         host_bias = None if bias is None or row is not None else bias.to(self.dtype)
         y = geo.apply(x, call.weight(weight, tensors), host_bias)
         for program, f in call.beside(tensors):
@@ -120,7 +134,7 @@ def adapted(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, row: Ten
         row: optional factor for every output channel, applied before the bias (DoRA).
         tensors: factors of all terms, in order.
     """
-    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, row, *tensors))
+    recorded = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in (x, bias, row, *tensors)])
     if recorded:
         out: Tensor = _Adapted.apply(call, x, weight, bias, row, *tensors)
         return out
@@ -183,6 +197,34 @@ class _Adapted(torch.autograd.Function):
 def _backward(call: Call, x, weight, tensors, kept, needs, grad):
     """Gradient of the input and of every factor; the adapters' part in it follows the host's into the same tensor."""
     geo = call.geometry
+    if call.is_direct and not any([n for t, n in zip(call.names, needs[4:]) if t == "scale"]):
+        g_tensors, pushes = _direct_gradients(call, x, tensors, kept, needs, grad)
+        g_x, _ = geo.gradients(grad, x, weight.to(call.dtype), needs[0], False)
+    else:
+        g_tensors, pushes, g_x = _gradients(call, x, weight, tensors, kept, needs, grad)
+    if g_x is not None:
+        g_x = g_x if g_x.is_contiguous() else g_x.contiguous()
+        for program, f, gz in pushes:
+            program.push_(geo, g_x, x, f, gz)
+    return g_x, g_tensors
+
+
+def _direct_gradients(call: Call, x, tensors, kept, needs, grad):
+    """Gradients of the factors by formula, and what is to be pushed into the input's gradient."""
+    found: list[Tensor | None] = []
+    pushes = []
+    for (term, own), z in zip(call.split(tensors), kept):
+        wanted = [name for name, n in zip(own, needs[4 + len(found) :]) if n]
+        f = cast(own, call.dtype)
+        by_name, gz = term.program.backward_direct(call.geometry, x, z, f, wanted, grad, needs[0])  # type: ignore[union-attr]
+        found += [by_name[name].to(t.dtype) if name in by_name else None for name, t in own.items()]
+        pushes.append((term.program, f, gz))
+    return found, pushes
+
+
+def _gradients(call: Call, x, weight, tensors, kept, needs, grad):
+    """The same with a graph from what was built of the factors back to them; and the host's gradient of the input."""
+    geo = call.geometry
     wanted = needs[4:]
     with torch.enable_grad():
         held = [t.detach().requires_grad_() if n else t for t, n in zip(tensors, wanted)]
@@ -191,16 +233,9 @@ def _backward(call: Call, x, weight, tensors, kept, needs, grad):
     pushes = []
     running = [(term.program, own) for term, own in call.split(held) if term.program is not None]
     for (program, own), z in zip(running, kept):
-        names = [name for name, t in own.items() if t.requires_grad]
-        if program.direct and "scale" not in names:
-            f = cast({name: t.detach() for name, t in own.items()}, call.dtype)
-            by_name, gz = program.backward_direct(geo, x, z, f, names, grad, needs[0])
-            at = {id(own[name]): g.to(own[name].dtype) for name, g in by_name.items()}
-            grads: list[Tensor | None] = [at.get(id(leaf)) for leaf in leaves]
-        else:
-            with torch.enable_grad():
-                f = cast(own, call.dtype)
-            grads, gz = program.backward(geo, x, z, f, leaves, grad, needs[0])
+        with torch.enable_grad():
+            f = cast(own, call.dtype)
+        grads, gz = program.backward(geo, x, z, f, leaves, grad, needs[0])
         total = add_gradients(total, grads)
         pushes.append((program, f, gz))
     effective, whole = weight.to(call.dtype), False
@@ -214,12 +249,8 @@ def _backward(call: Call, x, weight, tensors, kept, needs, grad):
     g_x, g_w = geo.gradients(grad, x, effective.detach(), needs[0], whole)
     if g_w is not None:
         total = add_gradients(total, torch.autograd.grad(effective, leaves, g_w, allow_unused=True))
-    if g_x is not None:
-        g_x = g_x if g_x.is_contiguous() else g_x.contiguous()
-        for program, f, gz in pushes:
-            program.push_(geo, g_x, x, f, gz)
     found = iter(total)
-    return g_x, [next(found) if n else None for n in wanted]
+    return [next(found) if n else None for n in wanted], pushes, g_x
 
 
 def _differentiable_backward(call: Call, tensors, needs, grad):

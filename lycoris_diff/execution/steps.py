@@ -145,7 +145,10 @@ class Mix(Step):
     def weight_grad(self, geo: Geometry, x: Tensor, w: Any, grad: Tensor) -> Tensor:
         a, c = w.shape
         batch, size = x.shape[0], x.shape[1] // c * prod(x.shape[2:])
-        return torch.tensordot(grad.reshape(batch, a, size), x.reshape(batch, c, size), ([0, 2], [0, 2]))
+        grad, x = grad.reshape(batch, a, size), x.reshape(batch, c, size)
+        if a * c > 2 * (a + c) * size:  # a matrix for every token would be larger than copies of both sides
+            return torch.tensordot(grad, x, ([0, 2], [0, 2]))
+        return torch.bmm(grad, x.mT).sum(0)
 
     def add_(self, geo: Geometry, y: Tensor, x: Tensor, w: Any) -> None:
         a, c = w.shape

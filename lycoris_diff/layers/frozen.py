@@ -120,7 +120,7 @@ def settled(ready: Ready, numel: int) -> Ready:
             term = term._replace(program=_bound(term.program, f, limit))
         terms.append(term)
         tensors += f.values()
-    return ready._replace(call=ready.call._replace(terms=tuple(terms)), tensors=tensors)
+    return ready._replace(call=replace(ready.call, terms=tuple(terms)), tensors=tensors)
 
 
 def _bound(program: Program, f: Factors, limit: int) -> Program:

@@ -16,12 +16,14 @@ from ..execution.around import Around, Host, apply_around, run_around
 from ..execution.costs import Choice, around_is_cheaper, choose
 from ..execution.engine import Call, Term, adapted, cast, changed_weight
 from ..execution.geometry import is_transformers_conv1d
+from ..execution.narrow import narrowed
 from ..execution.packed import describe, rearranged
 from ..execution.steps import Program, Step
 from .frozen import Ready, frozen, prepared, settled
-from .light import Parts, has_little_weight, is_small, keeps_little, light_parts, run_light
+from .light import Parts, has_little_weight, is_small, keeps_little, run_light
 from .mergeable import MergeableLayer
 from .parts import bias_change, plus, row_factor
+from .plans import Plan
 from .samples import Samples
 
 
@@ -33,9 +35,10 @@ class Running(NamedTuple):
     program: Program | None
     sampled: Step | None
 
-    def term(self, keep_program: bool) -> Term:
+    def term(self, keep_program: bool, x: Tensor) -> Term:
         """This adapter's part in the fused operation; what depends on the weight changes it unless its rows are scaled."""
         program = self.program if keep_program or not self.adapter.depends_on_weight else None
+        program = None if program is None else narrowed(program, self.adapter.geometry, x)
         return Term(tuple(self.f), self.adapter.add_change, program, self.sampled if program is None else None)
 
 
@@ -61,17 +64,16 @@ class AdaptedLayer(MergeableLayer):
         names = self._at_work(names)
         if not names:
             return self.base_layer(x, *args, **kwargs)
-        compiling = torch.compiler.is_compiling()
-        parts = None if compiling else light_parts(self, names, x, lambda: self._light(names, x))
-        if parts and self._runs_light(names, parts, x):
-            parameters: Any = self._modules["base_layer"]._parameters  # type: ignore[union-attr]
-            return run_light(self.geometry, parameters["weight"], parameters["bias"], x, parts)
-        if not compiling and self._fusable(names, x) and not self._all_around(names, x):
-            if not torch.is_autocast_enabled(x.device.type):
-                return self._fused(names, x)
-            x = x.to(compute_dtype(x))
-            with torch.autocast(x.device.type, enabled=False):
-                return self._fused(names, x)
+        if not torch.compiler.is_compiling() and self._fusable(names, x):
+            plan = self._plan(names, x)
+            if plan is not None:
+                return self._planned(plan, x)
+            if not self._all_around(names, x):
+                if not torch.is_autocast_enabled(x.device.type):
+                    return self._fused(names, x)
+                x = x.to(compute_dtype(x))
+                with torch.autocast(x.device.type, enabled=False):
+                    return self._fused(names, x)
         return self._separate(names, x, *args, **kwargs)
 
     def _at_work(self, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -99,32 +101,45 @@ class AdaptedLayer(MergeableLayer):
             return False
         return x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)  # type: ignore[union-attr]
 
-    def _light(self, names: Sequence[str], x: Tensor) -> Parts | None:
-        """How adapters run by plain operations, beside a small layer or in a small weight; None where they had better not."""
+    def _plan(self, names: tuple[str, ...], x: Tensor) -> Plan | None:
+        """How they run in training, as found for an earlier input like this; None where every call has to find out."""
+        if not torch.is_grad_enabled() or self.biased or torch.is_autocast_enabled(x.device.type):
+            return None
+        if self.training and any([_varied(self.adapter(n)) for n in names]):
+            return None
+        return self.plans.get_or_find((names, x.shape, x.dtype, self.training), lambda: self._find(names, x))
+
+    def _find(self, names: tuple[str, ...], x: Tensor) -> Plan | None:
         inner, _ = self.geometry.enter(x)
         tokens = self.geometry.tokens(inner)
         small, little = is_small(self.geometry, tokens), has_little_weight(self.geometry)
-        if not (small or little) or self.biased or not self._fusable(names, x):
-            return None
+        light = small or little
         parts: Parts = []
+        terms: list[Term] = []
         for adapter in [self.adapter(n) for n in names]:
             f = adapter.inputs() if adapter.single else {}
-            if not f or self._around(adapter, inner):
+            if not f or any([t.is_meta for t in f.values()]) or self._around(adapter, inner):
                 return None
-            choice, program = self._choose(adapter, f, inner, True)
-            if choice.mode != "beside" or program is None:
-                program, suits = None, little
-            else:
-                suits = small and adapter.keeps_program and not adapter.depends_on_weight
-                suits = suits and keeps_little(self.geometry, tokens, program, f)
-            if not suits:
+            choice, found = self._choose(adapter, f, inner, True)
+            program = found if choice.mode == "beside" else None
+            sampled = found.last if found is not None and choice.sampled else None
+            changing = program is not None and adapter.depends_on_weight  # DoRA's rows follow its strength
+            if changing or (found is not None and not adapter.keeps_program and (program is not None or sampled is not None)):
                 return None
+            light = light and (little if program is None else small and keeps_little(self.geometry, tokens, program, f))
             parts.append((adapter, program))
-        return parts
+            terms.append(Running(adapter, f, program, sampled).term(False, x))
+        return Plan(parts, None if light else Call(self.geometry, tuple(terms), x.dtype))
 
-    def _runs_light(self, names: Sequence[str], parts: Parts, x: Tensor) -> bool:
-        """Whether that still holds: no chance decides, and the weight may be used directly."""
-        return not (self.training and any([_varied(adapter) for adapter, _ in parts])) and self._fusable(names, x)
+    def _planned(self, plan: Plan, x: Tensor) -> Tensor:
+        geo = self.geometry
+        parameters: Any = self._modules["base_layer"]._parameters  # type: ignore[union-attr]
+        weight, bias = parameters["weight"], parameters["bias"]
+        if plan.call is None:
+            return run_light(geo, weight, bias, x, plan.parts)
+        inner, lead = geo.enter(x)
+        tensors = [t for adapter, _ in plan.parts for t in adapter.inputs().values()]
+        return geo.leave(adapted(plan.call, inner, geo.canonical(weight), bias, None, tensors), lead)
 
     def _all_around(self, names: Sequence[str], x: Tensor) -> bool:
         """Whether nothing but changes that are better made on the layer's input or output is to run."""
@@ -161,7 +176,7 @@ class AdaptedLayer(MergeableLayer):
             bias = plus(bias, bias_change([member[:2] for member in active]))
             active = [member for member in active if member.adapter.changes_weight]
         row = self._row_factor(active, weight)
-        terms = tuple([member.term(keep_program=row is not None) for member in active])
+        terms = tuple([member.term(row is not None, x) for member in active])
         tensors = [t for member in active for t in member.f.values()]
         return Ready(Call(self.geometry, terms, x.dtype), bias, row, tensors)
 

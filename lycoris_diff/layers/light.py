@@ -7,12 +7,9 @@ that are small themselves.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
 from math import prod
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..adapters.base import Adapter
 from ..execution.engine import cast, changed_weight
@@ -27,21 +24,6 @@ LITTLE = 2**15
 
 #: active adapters, each with the program that it runs beside the layer; None changes the weight instead
 Parts = list[tuple[Adapter, Program | None]]
-
-_PARTS: weakref.WeakKeyDictionary[nn.Module, dict[object, Parts | None]] = weakref.WeakKeyDictionary()
-
-
-def light_parts(layer: nn.Module, names: tuple[str, ...], x: Tensor, find: Callable[[], Parts | None]) -> Parts | None:
-    """What `find` returns for an input like this, remembered; None where no graph is recorded or autocast decides the dtype."""
-    if not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
-        return None
-    known = _PARTS.get(layer)
-    if known is None or len(known) > 64:
-        known = _PARTS[layer] = {}
-    key = names, x.shape, x.dtype, layer.training
-    if key not in known:
-        known[key] = find()
-    return known[key]
 
 
 def is_small(geometry: Geometry, tokens: int) -> bool:
@@ -80,8 +62,3 @@ def run_light(geometry: Geometry, weight: Tensor, bias: Tensor | None, x: Tensor
         if program is not None:
             y = program.plus(geometry, y, inner, cast(adapter.inputs(), x.dtype))
     return geometry.leave(y, lead)
-
-
-def drop_parts(layer: nn.Module) -> None:
-    """Forget what was found for a layer."""
-    _PARTS.pop(layer, None)

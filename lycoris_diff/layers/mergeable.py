@@ -16,8 +16,8 @@ from ..execution.engine import cast, changed_weight
 from ..execution.geometry import Geometry, is_plain_weight
 from ..execution.packed import describe
 from .frozen import forget
-from .light import drop_parts
 from .parts import bias_change, plus
+from .plans import Plans
 from .rounded import PackedSnapshot, original, rounded, take, write_rounded
 from .snapshot import Snapshot, write
 
@@ -34,6 +34,7 @@ class MergeableLayer(nn.Module):
         biased: some adapter changes the bias.
         path: in the model, for messages.
         may_round: a packed (quantized) weight may be rounded anew to merge into it.
+        plans: how the adapters run in training, by kind of input.
         row_squares: squared row norms of a packed weight, ``(out,)``, once an adapter has needed them.
         loss: what that lost in the last merge, relative to the change of the weight; None where nothing was rounded.
     """
@@ -54,6 +55,7 @@ class MergeableLayer(nn.Module):
         self.merged: tuple[str, ...] = ()
         self.suspended: tuple[str, ...] = ()
         self.snapshot: Snapshot | PackedSnapshot | None = None
+        self.plans = Plans()
         self.training = base_layer.training
 
     def __getattr__(self, name: str) -> Any:
@@ -71,7 +73,7 @@ class MergeableLayer(nn.Module):
 
     def _forget(self) -> None:
         forget(self)
-        drop_parts(self)
+        self.plans.clear()
 
     # --- settings by adapter name ------------------------------------------------------------------------------------
     @property
