@@ -274,11 +274,11 @@ def test_low_cpu_mem_usage(kind, tmp_path):
     assert {p.device.type for layer in adapted_layers(empty).values() for p in layer.base_layer.parameters()} == {"cpu"}
     loaded = AdapterModel.from_pretrained(clip(), tmp_path, low_cpu_mem_usage=True)
     assert not any(t.is_meta for t in itertools.chain(loaded.parameters(), loaded.buffers()))
-    assert torch.equal(output_of(loaded, x), output_of(model, x))
+    assert relative_error(output_of(loaded, x), output_of(model, x)) < 1e-6  # memory may be aligned otherwise
     loaded.merge_adapter()
     loaded.unmerge_adapter()
     loaded.load_adapter(tmp_path, "again", is_trainable=True)
-    assert torch.equal(output_of(loaded, x), output_of(model, x))
+    assert relative_error(output_of(loaded, x), output_of(model, x)) < 1e-6  # memory may be aligned otherwise
 
 
 @pytest.mark.parametrize("kind", list(CONFIGS))

@@ -146,6 +146,17 @@ class TestWhen:
         return adapter.program(adapter.inputs())
 
 
+@settings(deadline=None, max_examples=40)
+@given(rows=st.sampled_from([0, 1, 63, 64, 128]), rank=st.integers(1, 20), n=st.integers(1, 30))
+def test_times_narrow(rows, rank, n):
+    x, weight = draw(rows, n).requires_grad_(), draw(rank, n).requires_grad_()
+    grad = draw(rows, rank)
+    expected, found = x @ weight.T, narrow.times_narrow(x, weight)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    both = [torch.autograd.grad(y, (x, weight), grad) for y in (expected, found)]
+    torch.testing.assert_close(both[1], both[0], rtol=1e-10, atol=1e-10)
+
+
 def test_blocks():
     threads = torch.get_num_threads()
     assert narrow.blocks(narrow.ROWS * threads) == threads

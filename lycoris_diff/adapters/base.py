@@ -19,6 +19,7 @@ from ..errors import AdapterError, CheckpointError, ConfigError
 from ..execution.around import Around, Host
 from ..execution.engine import cast
 from ..execution.geometry import Geometry, geometry_of
+from ..execution.narrow import times_narrow
 from ..execution.steps import Factors, Program
 from ..functional import dora
 from .config import AdapterConfig
@@ -203,7 +204,7 @@ class Adapter(nn.Module):
         if pair is None:
             return None
         up, down = (t.to(base.dtype) for t in pair)
-        return ((base.flatten(1) @ down.T) * up).sum(1), ((up @ (down @ down.T)) * up).sum(1)
+        return (times_narrow(base.flatten(1), down) * up).sum(1), ((up @ (down @ down.T)) * up).sum(1)
 
     # --- files -------------------------------------------------------------------------------------------------------
     @classmethod

@@ -29,6 +29,20 @@ def blocks(tokens: int) -> int:
     return threads if tokens % threads == 0 and tokens >= ROWS * threads else 1
 
 
+def suits(x: Tensor, rank: int) -> bool:
+    """Whether products of a tensor of that kind to so few columns are slow otherwise."""
+    return rank < NARROW and x.device.type == DEVICE and x.dtype in DTYPES
+
+
+def times_narrow(x: Tensor, weight: Tensor) -> Tensor:
+    """``x @ weight.T`` for ``x (rows, n)`` and a ``weight (rank, n)`` of any rank."""
+    if torch.compiler.is_compiling() or not suits(x, weight.shape[0]):
+        return x @ weight.T
+    (rows, n), batch = x.shape, blocks(x.shape[0])
+    y = torch.bmm(weight.expand(batch, -1, -1), x.reshape(batch, rows // batch, n).mT)
+    return y.mT.reshape(rows, weight.shape[0])
+
+
 @dataclass(frozen=True)
 class Down(Step):
     """`Pointwise` with ``weight (rank, d)`` on each of ``groups`` slices: ``(tokens, groups*d) -> (batch, rank, rows)``."""
@@ -61,12 +75,12 @@ class Up(Step):
 
     def apply(self, geo: Geometry, x: Tensor, w: Any) -> Tensor:
         batch, _, rows = x.shape
-        y = torch.bmm(x.mT, w.T.expand(batch, *w.T.shape))
+        y = torch.bmm(x.mT, w.expand(batch, *w.shape).mT)
         return y.view(batch * rows // self.groups, self.groups * w.shape[0])
 
     def adjoint(self, geo: Geometry, x: Tensor, w: Any, grad: Tensor) -> Tensor:
         batch, _, rows = x.shape
-        return torch.bmm(w.T.expand(batch, *w.T.shape), grad.reshape(batch, rows, w.shape[0]).mT)
+        return torch.bmm(w.expand(batch, *w.shape).mT, grad.reshape(batch, rows, w.shape[0]).mT)
 
     def weight_grad(self, geo: Geometry, x: Tensor, w: Any, grad: Tensor) -> Tensor:
         batch, _, rows = x.shape
@@ -74,7 +88,7 @@ class Up(Step):
 
     def add_(self, geo: Geometry, y: Tensor, x: Tensor, w: Any) -> None:
         batch, _, rows = x.shape
-        y.view(batch, rows, w.shape[0]).baddbmm_(x.mT, w.T.expand(batch, *w.T.shape))
+        y.view(batch, rows, w.shape[0]).baddbmm_(x.mT, w.expand(batch, *w.shape).mT)
 
 
 @dataclass(frozen=True)
@@ -113,8 +127,6 @@ def narrowed(program: Program, geo: Geometry, x: Tensor) -> Program:
         program: for a layer of that geometry.
         x: the layer's input.
     """
-    if x.device.type != DEVICE or x.dtype not in DTYPES:
-        return program
     first, mid, last = program.first, program.mid, program.last
     inner = last.inner if isinstance(last, Window) else last
     if geo.kernel or type(inner) is not Pointwise or type(first) not in (Pointwise, Shards) or type(mid) not in _MIDDLE:
@@ -122,7 +134,7 @@ def narrowed(program: Program, geo: Geometry, x: Tensor) -> Program:
     slices = getattr(first, "groups", 1), inner.groups
     rank = program.width // max(slices)
     # each slice is a matrix of its own, which has to be large enough
-    if rank >= NARROW or (slices != (1, 1) and min(slices) < 2 * rank):
+    if not suits(x, rank) or (slices != (1, 1) and min(slices) < 2 * rank):
         return program
     up: Step = Up(inner.weight, inner.groups)
     return replace(

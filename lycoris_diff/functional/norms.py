@@ -37,9 +37,9 @@ def product_rows(left: Tensor, right: Tensor) -> Tensor:
 
 
 def core_gram(core: Tensor, inner: Tensor) -> Tensor:
-    """``sum_k C_k B B^T C_k^T``, ``(r, r)``, of a core ``(r, r, *k)`` and the factor ``B (r, in)`` behind it."""
-    flat = core.flatten(2)
-    return torch.einsum("uvk,wvk->uw", torch.einsum("uqk,qv->uvk", flat, inner @ inner.mT), flat)
+    """``sum_k C_k B B^T C_k^T``, ``(r, r)`` in float64, of a core ``(r, r, *k)`` and the factor ``B (r, in)`` behind it."""
+    flat = core.flatten(2).double()
+    return torch.einsum("uvk,wvk->uw", torch.einsum("uqk,qv->uvk", flat, (inner @ inner.mT).double()), flat)
 
 
 def lora(f: Factors) -> Tensor:
@@ -47,7 +47,7 @@ def lora(f: Factors) -> Tensor:
     up, down = f["lora_B.weight"].flatten(1), f["lora_A.weight"].flatten(1)
     if "lora_mid.weight" not in f:
         return product(up, down)
-    return ((up.mT @ up).double() * core_gram(f["lora_mid.weight"], down).double()).sum()
+    return ((up.mT @ up).double() * core_gram(f["lora_mid.weight"], down)).sum()
 
 
 def loha(f: Factors, sampled: int = 0) -> Tensor:
@@ -102,7 +102,7 @@ def _second(f: Factors) -> Tensor:
         return total(f["lokr_w2"])
     a, b = f["lokr_w2_a"], f["lokr_w2_b"]
     if "lokr_t2" in f:
-        return ((a @ a.mT).double() * core_gram(f["lokr_t2"], b).double()).sum()
+        return ((a @ a.mT).double() * core_gram(f["lokr_t2"], b)).sum()
     return product(a, b)
 
 
@@ -111,7 +111,7 @@ def _second_rows(f: Factors) -> Tensor:
         return f["lokr_w2"].flatten(1).double().square().sum(1)
     a, b = f["lokr_w2_a"], f["lokr_w2_b"]
     if "lokr_t2" in f:
-        return ((a.mT @ core_gram(f["lokr_t2"], b)).double() * a.mT.double()).sum(1)
+        return ((a.mT.double() @ core_gram(f["lokr_t2"], b)) * a.mT.double()).sum(1)
     return product_rows(a, b)
 
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import InitProcessGroupKwargs
 
 from ..errors import AdapterError, ConfigError
 from .activations import SavedForBackward
@@ -27,7 +26,7 @@ from .optimizers import check_optimizer, risky_learning_rate
 from .outputs import RunFacts, check_outputs, save_outputs, upload
 from .plan import Measured, TrainPlan, choose_size, plan_training
 from .prepare import Data, OnStage, buckets_of, encode_data, find_data, prepare_data
-from .processes import WAIT, check_processes, move, process_state
+from .processes import check_processes, move, process_state
 from .record import UNKNOWN, run_metadata
 from .report import TrainReport, TrainStep
 
@@ -266,13 +265,13 @@ def _make_accelerator(config: DreamBoothConfig) -> Accelerator:
     for tracker in trackers:
         if tracker not in installed:
             raise ConfigError(f"trackers names {tracker!r}, which is not installed; expected some of {sorted(installed)}")
+    process_state()  # the accelerator takes it over, with how long processes wait for each other
     try:
         return Accelerator(
             mixed_precision=config.mixed_precision,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             log_with=trackers or None,
             project_dir=str(config.output / "logs"),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)],
         )
     except ValueError as error:  # precision not available here, or another one already chosen in this process
         raise AdapterError(f"accelerate refuses mixed_precision={config.mixed_precision!r}: {error}") from error
