@@ -11,7 +11,7 @@ from torch import nn
 
 from lycoris_diff import AdapterError, BOFTConfig, DiagOFTConfig, GLoraConfig, IA3Config, OFTConfig
 from lycoris_diff.execution.costs import around_is_cheaper
-from lycoris_diff.layers import layer as layers
+from lycoris_diff.layers import separate as layers
 
 MADE = {
     "oft": lambda: OFTConfig(oft_block_size=4, target_modules=["layer"]),

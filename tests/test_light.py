@@ -159,7 +159,7 @@ class TestChanges:
         assert not torch.equal(twin(x), before)
         assert torch.equal(model(x), before)
 
-    @pytest.mark.parametrize("tokens", [4, light.SMALL])
+    @pytest.mark.parametrize("tokens", [4, 1024])
     def test_hooks_are_called(self, tokens):
         model = layer_with()
         x = torch.randn(tokens, 64)
@@ -169,7 +169,7 @@ class TestChanges:
         model(x)
         assert len(seen) == 1
 
-    @pytest.mark.parametrize("tokens", [4, light.SMALL])
+    @pytest.mark.parametrize("tokens", [4, 1024])
     def test_a_base_weight_that_trains(self, tokens):
         model = layer_with()
         x = torch.randn(tokens, 64)
@@ -177,6 +177,38 @@ class TestChanges:
         model.layer.base_layer.weight.requires_grad_()
         model(x).sum().backward()
         torch.testing.assert_close(model.layer.base_layer.weight.grad, x.sum(0).expand(64, 64), rtol=1e-3, atol=1e-2)
+
+    @pytest.mark.parametrize("tokens", [4, 1024])
+    @pytest.mark.parametrize("name", ["lora", "loha", "lokr", "miss-odd"])
+    def test_strengths(self, name, tokens):
+        """The factor on the change is taken as a number there; it follows all that decides it."""
+        model, adapted = adapt(nn.Linear(256, 256), ALGORITHMS[name](), "a")
+        model.set_adapter("a")
+        filled(model)
+        x = torch.randn(tokens, 256)
+        base = adapted.base_layer(x)
+        change = model(x) - base
+        for strength in (0.5, -2.0, 1.0):
+            model.set_scale("a", strength)
+            torch.testing.assert_close(model(x) - base, strength * change, rtol=1e-3, atol=1e-4)
+        adapted.adapter("a").scaling *= 3
+        torch.testing.assert_close(model(x) - base, 3 * change, rtol=1e-3, atol=1e-4)
+        leaf = next(p for p in adapted.adapter("a").parameters())
+        model(x[:4]).sum().backward()
+        found, leaf.grad = leaf.grad, None
+        adapted.adapter("a").scaling /= 3
+        model(x[:4]).sum().backward()
+        torch.testing.assert_close(found, 3 * leaf.grad, rtol=1e-3, atol=1e-3)
+
+    @pytest.mark.parametrize("tokens", [4, 1024])
+    def test_a_strength_that_learns(self, tokens):
+        model = layer_with(width=256)
+        adapter, x = model.layer.adapter("default"), torch.randn(tokens, 256)
+        model(x)
+        adapter.strength.requires_grad_()
+        change = (model(x) - model.layer.base_layer(x)).sum()
+        (found,) = torch.autograd.grad(change, adapter.strength)
+        torch.testing.assert_close(found, change.detach(), rtol=1e-2, atol=1e-1)
 
     def test_many_shapes(self):
         model = layer_with()

@@ -330,6 +330,14 @@ class Adapter(nn.Module):
         return f
 
     @property
+    def known_scale(self) -> float | None:
+        """The factor on the delta as a number; None where the strength learns or is not one number."""
+        buffers: Any = self._buffers
+        if not self.single or buffers["strength"].requires_grad:
+            return None
+        return float(self.scaling) if self.depends_on_weight else self._strength * self.scaling
+
+    @property
     def single(self) -> bool:
         """Whether it is one adapter, not a sum of several."""
         return type(self).members is Adapter.members

@@ -29,12 +29,14 @@ class Term(NamedTuple):
         add_change: ``(total, base, factors) -> total + change``, all ``(out, in, *k)``.
         program: the factored form; None runs the change of the weight instead.
         sampled: step that reads the weight's gradient at single entries; None needs all of it.
+        scale: of the change where it is a number; None where a tensor of that name is passed.
     """
 
     names: tuple[str, ...]
     add_change: AddChange
     program: Program | None = None
     sampled: Step | None = None
+    scale: float | None = None
 
 
 @dataclass(slots=True)
@@ -66,7 +68,10 @@ class Call:
         """Factors by name for every term."""
         pairs, start = [], 0
         for term in self.terms:
-            pairs.append((term, dict(zip(term.names, tensors[start:], strict=False))))
+            own: dict[str, Any] = dict(zip(term.names, tensors[start:], strict=False))
+            if term.scale is not None:
+                own["scale"] = term.scale
+            pairs.append((term, own))
             start += len(term.names)
         return pairs
 
@@ -94,8 +99,10 @@ class Call:
 
 
 def cast(f: Factors, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Floating factors in another dtype; indices stay as they are."""
-    return {k: v.to(dtype) if v.dtype is not dtype and v.is_floating_point() else v for k, v in f.items()}
+    """Floating factors in another dtype; indices and numbers stay as they are."""
+    return {
+        k: v.to(dtype) if type(v) is not float and v.dtype is not dtype and v.is_floating_point() else v for k, v in f.items()
+    }
 
 
 def changed_weight(base: Tensor, dense: Sequence[tuple[Any, Factors]]) -> Tensor:
@@ -214,10 +221,10 @@ def _direct_gradients(call: Call, x, tensors, kept, needs, grad):
     found: list[Tensor | None] = []
     pushes = []
     for (term, own), z in zip(call.split(tensors), kept):
-        wanted = [name for name, n in zip(own, needs[4 + len(found) :]) if n]
+        wanted = [name for name, n in zip(term.names, needs[4 + len(found) :]) if n]
         f = cast(own, call.dtype)
         by_name, gz = term.program.backward_direct(call.geometry, x, z, f, wanted, grad, needs[0])  # type: ignore[union-attr]
-        found += [by_name[name].to(t.dtype) if name in by_name else None for name, t in own.items()]
+        found += [by_name[name].to(own[name].dtype) if name in by_name else None for name in term.names]
         pushes.append((term.program, f, gz))
     return found, pushes
 

@@ -1,51 +1,24 @@
-"""AdaptedLayer: runs a base layer with its active adapters, in one operation or beside each other."""
+"""AdaptedLayer: runs a base layer with its active adapters, in one operation where it can."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapters.base import Adapter
-from ..errors import AdapterError
-from ..execution.around import Around, Host, apply_around, run_around
-from ..execution.costs import Choice, around_is_cheaper, choose
-from ..execution.engine import Call, Term, adapted, cast, changed_weight
-from ..execution.geometry import is_transformers_conv1d
-from ..execution.narrow import narrowed
-from ..execution.packed import describe, rearranged
-from ..execution.steps import Program, Step
+from ..execution.engine import Call, Term, adapted
 from .frozen import Ready, frozen, prepared, settled
 from .light import Parts, has_little_weight, is_small, keeps_little, run_light
-from .mergeable import MergeableLayer
 from .parts import bias_change, plus, row_factor
 from .plans import Plan
 from .samples import Samples
+from .separate import Active, Running, SeparateLayer, compute_dtype, masked, module_dropout, varied
 
 
-class Running(NamedTuple):
-    """An active adapter in one call: its factors, and how it runs."""
-
-    adapter: Adapter
-    f: dict[str, Tensor]
-    program: Program | None
-    sampled: Step | None
-
-    def term(self, keep_program: bool, x: Tensor) -> Term:
-        """This adapter's part in the fused operation; what depends on the weight changes it unless its rows are scaled."""
-        program = self.program if keep_program or not self.adapter.depends_on_weight else None
-        program = None if program is None else narrowed(program, self.adapter.geometry, x)
-        return Term(tuple(self.f), self.adapter.add_change, program, self.sampled if program is None else None)
-
-
-Active = list[Running]
-
-
-class AdaptedLayer(MergeableLayer):
+class AdaptedLayer(SeparateLayer):
     """A layer that runs with its active adapters.
 
     Attributes:
@@ -76,18 +49,6 @@ class AdaptedLayer(MergeableLayer):
                     return self._fused(names, x)
         return self._separate(names, x, *args, **kwargs)
 
-    def _at_work(self, names: tuple[str, ...]) -> tuple[str, ...]:
-        """Those that are run. A zero strength is not unless it trains: exactly the base, whatever the factors hold."""
-        if torch.compiler.is_compiling():
-            return names
-        return tuple([n for n in names if not self.adapter(n).idle or _trains(self.adapter(n))])
-
-    def _transparent(self) -> bool:
-        """Whether the base layer is a plain known class that nothing else watches, so that its weight may be used directly."""
-        base: Any = self._modules["base_layer"]
-        known = type(base) in _PLAIN or (type(base).__name__ == "Conv1D" and is_transformers_conv1d(base))
-        return known and not self.merged and "forward" not in base.__dict__ and not has_hooks(base)
-
     def _fusable(self, names: Sequence[str], x: Tensor) -> bool:
         """Whether base and adapters may run as one autograd operation of ours."""
         if torch._C._are_functorch_transforms_active() or not self._transparent():
@@ -97,7 +58,7 @@ class AdaptedLayer(MergeableLayer):
         plain = type(x) in _TENSORS and type(weight) in _TENSORS and (bias is None or type(bias) in _TENSORS)
         if not plain or (weight.requires_grad and torch.is_grad_enabled()) or x.device != weight.device or x.is_meta:  # type: ignore[union-attr]
             return False
-        if self.training and any([_masked(self.adapter(n)) for n in names]):
+        if self.training and any([masked(self.adapter(n)) for n in names]):
             return False
         return x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)  # type: ignore[union-attr]
 
@@ -105,20 +66,23 @@ class AdaptedLayer(MergeableLayer):
         """How they run in training, as found for an earlier input like this; None where every call has to find out."""
         if not torch.is_grad_enabled() or self.biased or torch.is_autocast_enabled(x.device.type):
             return None
-        if self.training and any([_varied(self.adapter(n)) for n in names]):
+        adapters = [self.adapter(n) for n in names]
+        scales = [adapter.known_scale for adapter in adapters]
+        if None in scales or (self.training and any([varied(adapter) for adapter in adapters])):
             return None
-        return self.plans.get_or_find((names, x.shape, x.dtype, self.training), lambda: self._find(names, x))
+        key = names, x.shape, x.dtype, self.training, *scales
+        return self.plans.get_or_find(key, lambda: self._find(list(zip(adapters, scales)), x))  # type: ignore[arg-type]
 
-    def _find(self, names: tuple[str, ...], x: Tensor) -> Plan | None:
+    def _find(self, adapters: list[tuple[Adapter, float]], x: Tensor) -> Plan | None:
         inner, _ = self.geometry.enter(x)
         tokens = self.geometry.tokens(inner)
         small, little = is_small(self.geometry, tokens), has_little_weight(self.geometry)
         light = small or little
         parts: Parts = []
         terms: list[Term] = []
-        for adapter in [self.adapter(n) for n in names]:
-            f = adapter.inputs() if adapter.single else {}
-            if not f or any([t.is_meta for t in f.values()]) or self._around(adapter, inner):
+        for adapter, scale in adapters:
+            f = adapter.inputs()
+            if any([t.is_meta for t in f.values()]) or self._around(adapter, inner):
                 return None
             choice, found = self._choose(adapter, f, inner, True)
             program = found if choice.mode == "beside" else None
@@ -128,7 +92,10 @@ class AdaptedLayer(MergeableLayer):
                 return None
             light = light and (little if program is None else small and keeps_little(self.geometry, tokens, program, f))
             parts.append((adapter, program))
-            terms.append(Running(adapter, f, program, sampled).term(False, x))
+            term = Running(adapter, f, program, sampled).term(False, x)
+            if program is not None and program.direct:
+                term = term._replace(names=tuple(adapter.factors()), scale=scale)
+            terms.append(term)
         return Plan(parts, None if light else Call(self.geometry, tuple(terms), x.dtype))
 
     def _planned(self, plan: Plan, x: Tensor) -> Tensor:
@@ -138,7 +105,9 @@ class AdaptedLayer(MergeableLayer):
         if plan.call is None:
             return run_light(geo, weight, bias, x, plan.parts)
         inner, lead = geo.enter(x)
-        tensors = [t for adapter, _ in plan.parts for t in adapter.inputs().values()]
+        tensors: list[Tensor] = []
+        for (adapter, _), term in zip(plan.parts, plan.call.terms):
+            tensors += (adapter.inputs() if term.scale is None else adapter.factors()).values()
         return geo.leave(adapted(plan.call, inner, geo.canonical(weight), bias, None, tensors), lead)
 
     def _all_around(self, names: Sequence[str], x: Tensor) -> bool:
@@ -147,12 +116,6 @@ class AdaptedLayer(MergeableLayer):
             return False
         inner, _ = self.geometry.enter(x)
         return all([self._around(self.adapter(n), inner) for n in names])
-
-    def _around(self, adapter: Adapter, x: Tensor) -> bool:
-        cost = adapter.around_cost
-        if cost is None or adapter.pinned or self.geometry.edges or not self._transparent():
-            return False
-        return around_is_cheaper(self.geometry.shape, self.geometry.tokens(x), _trains(adapter), cost)
 
     def _fused(self, names: Sequence[str], x: Tensor) -> Tensor:
         geo = self.geometry
@@ -180,148 +143,6 @@ class AdaptedLayer(MergeableLayer):
         tensors = [t for member in active for t in member.f.values()]
         return Ready(Call(self.geometry, terms, x.dtype), bias, row, tensors)
 
-    def _separate(self, names: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Plain differentiable operations: one with the changed weight where the base may be bypassed, else all beside it."""
-        geo = self.geometry
-        dtype = compute_dtype(x)
-        inner, lead = geo.enter(x.to(dtype))
-        active, shift = self._apart(names, inner)
-        plain = self.has_plain_weight
-        dense = [(a, f) for a, f, p in active if p is None and not (self.training and _masked(a))]
-        around = [(a, f) for a, f in dense if a.depends_on_weight and (not plain or self._around(a, inner))]
-        if around:
-            host = self._packed_host(dtype, *args, **kwargs)
-            y = geo.leave(run_around([self._form(a, f, host) for a, f in around], inner, host).contiguous(), lead)
-            active = [(a, f, p) for a, f, p in active if all(a is not d for d, _ in around)]
-        elif dense and self._transparent() and plain:
-            base: Any = self.base_layer
-            weight, bias = geo.canonical(base.weight), base.bias
-            bias, shift = plus(bias, shift), None
-            y = geo.apply(inner, changed_weight(weight, dense).to(dtype), None if bias is None else bias.to(dtype))
-            y = geo.leave(y, lead)
-            active = [(a, f, p) for a, f, p in active if all(a is not d for d, _ in dense)]
-        else:
-            y = self._host(x, *args, **kwargs)
-        for adapter, f, program in active:
-            y = y + geo.leave(self._beside(adapter, f, program, inner), lead).to(y.dtype)
-        return y if shift is None else y + shift.to(y.dtype).view(-1, *[1] * len(geo.kernel))
-
-    def _host(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base layer itself.
-
-        Raises:
-            AdapterError: a quantized layer gives no gradient of its input; what comes before it would train on a wrong one.
-        """
-        watched = torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling()
-        if not watched or self.has_plain_weight:
-            return self.base_layer(x, *args, **kwargs)
-        y = None if rearranged(self.base_layer) else self.base_layer(x, *args, **kwargs)
-        if y is None or not y.requires_grad:
-            raise AdapterError(
-                f"{self.path!r} ({describe(self.base_layer)}) gives no gradient of its input, so nothing before it can train. "
-                "Quantize it weight-only, and keep bitsandbytes layers on the CPU in train mode (calls in eval mode rearrange "
-                "them for inference); without training, call the model under torch.no_grad()"
-            )
-        return y
-
-    def _packed_host(self, dtype: torch.dtype, *args: Any, **kwargs: Any) -> Host:
-        """What changes that multiply the packed weight run around.
-
-        Raises:
-            AdapterError: the unmodified weight, against which they are taken, is not there.
-        """
-        if self.merged:
-            raise AdapterError(
-                f"{self.path!r} ({describe(self.base_layer)}) has {list(self.merged)} merged into it; adapters that multiply "
-                "its weight cannot run beside that. Merge them all, or unmerge (unfuse) first"
-            )
-        bias = self.base_layer._parameters.get("bias")
-        squares = None if self.row_squares is None else self.row_squares.to(self.base_layer.weight.device)  # type: ignore[arg-type]
-        return Host(lambda x: self._host(x, *args, **kwargs), bias, dtype, squares)
-
-    def _form(self, adapter: Adapter, f: dict[str, Tensor], host: Host) -> Around:
-        form = adapter.packed_form(f, host)
-        if form is None:  # refused when attached; the weight was packed afterwards
-            raise AdapterError(f"{self.path!r} ({describe(self.base_layer)}): {adapter.packed_gap() or 'quantize it first'}")
-        return form
-
-    def _per_sample(self, samples: Samples, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base layer once for the whole batch, and every sample's own adapters beside it.
-
-        Raises:
-            AdapterError: adapters are merged, or the batch is no multiple of the samples.
-        """
-        if self.merged:
-            raise AdapterError(f"{list(self.merged)} are merged into the weights of all samples; unmerge (unfuse) them first")
-        y = self._host(x, *args, **kwargs)
-        for names, rows in samples.rows(len(x), x.device):
-            at_work = self._at_work(tuple([n for n in names if n in self.adapters]))
-            if at_work:
-                part = self._contribution(at_work, x.index_select(0, rows)).to(y.dtype)
-                y = y.index_add(0, rows, part.expand(len(rows), *y.shape[1:]))
-        return y
-
-    def _contribution(self, names: Sequence[str], x: Tensor) -> Tensor:
-        """What adapters add to the base layer's output; it broadcasts to that."""
-        geo = self.geometry
-        inner, lead = geo.enter(x.to(compute_dtype(x)))
-        active, shift = self._apart(names, inner)
-        total: Tensor | None = None
-        for adapter, f, program in active:
-            total = plus(total, geo.leave(self._beside(adapter, f, program, inner), lead))
-        if shift is not None:
-            total = plus(total, shift.view(-1, *[1] * len(geo.kernel)))
-        assert total is not None  # an adapter changes the weight or the bias
-        return total
-
-    def _apart(self, names: Sequence[str], x: Tensor) -> tuple[list[tuple[Adapter, dict[str, Tensor], Program | None]], Any]:
-        """Active adapters for plain operations, those that change the weight; and the change of the bias, if there is one."""
-        running = self._prepare(names, x)
-        shift = None
-        if self.biased:
-            shift = bias_change([member[:2] for member in running])
-            running = [member for member in running if member.adapter.changes_weight]
-        return [(a, f, None if p is not None and (p.eager_only or a.depends_on_weight) else p) for a, f, p, _ in running], shift
-
-    def _beside(self, adapter: Adapter, f: dict[str, Tensor], program: Program | None, x: Tensor) -> Tensor:
-        """One adapter's own output, with its dropouts in training."""
-        if self.training and _input_dropout(adapter):
-            x = F.dropout(x, _input_dropout(adapter))
-        if program is not None:
-            out = program.run(self.geometry, x, cast(f, x.dtype))
-        elif adapter.depends_on_weight and not self.has_plain_weight:
-            host = self._packed_host(x.dtype)
-            out = apply_around(self._form(adapter, f, host), x, host)
-        else:
-            out = self.geometry.apply(x, self._change(adapter, f).to(x.dtype))
-        return self._row_mask(adapter, out) if self.training and _output_dropout(adapter) else out
-
-    def _prepare(self, names: Sequence[str], x: Tensor, plain_weight: bool | None = None) -> Active:
-        """Active adapters with their factors and, where it is cheaper, their program."""
-        if plain_weight is None:
-            plain_weight = self.has_plain_weight
-        active: Active = []
-        for adapter, f in [member for name in names for member in self.adapter(name).members()]:
-            if self.training and _module_dropout(adapter):
-                keep = (torch.rand((), device=x.device) >= _module_dropout(adapter)).to(f["scale"].dtype)
-                f["scale"], f["strength"] = f["scale"] * keep, f["strength"] * keep
-            if any([t.is_meta for t in f.values()]) and not x.is_meta:
-                raise AdapterError("an active adapter's factors are on the meta device; load a file into it first")
-            choice, program = self._choose(adapter, f, x, plain_weight)
-            runs = program if choice.mode == "beside" else None
-            active.append(Running(adapter, f, runs, program.last if program is not None and choice.sampled else None))
-        return active
-
-    def _choose(self, adapter: Adapter, f: dict[str, Tensor], x: Tensor, plain: bool) -> tuple[Choice, Program | None]:
-        program = adapter.program(f)
-        if program is not None and not program.eager_only and not plain:
-            return Choice("beside", program.cost, 0), program
-        training = torch.is_grad_enabled() and any([t.requires_grad for t in f.values()])
-        cost, width = (None, 0) if program is None else (program.cost, program.width)
-        sampled = None if program is None else program.sampled_cost
-        decide = choose if torch.compiler.is_compiling() else _choose  # compilers look through a cache, with a warning
-        return decide(self.geometry.shape, self.geometry.tokens(x), training, cost, width, sampled_cost=sampled), program
-
     def _row_factor(self, active: Active, weight: Tensor) -> Tensor | None:
         """DoRA on the output axis, alone and at full strength, is a factor on every output row."""
         if len(active) != 1:
@@ -330,69 +151,9 @@ class AdaptedLayer(MergeableLayer):
         lone = adapter.decomposed and program is not None and adapter.get_strength() == 1.0
         if not lone or adapter.config.dora_axis != "out":  # type: ignore[attr-defined]
             return None
-        if self.training and _module_dropout(adapter):
+        if self.training and module_dropout(adapter):
             return None
         return row_factor(adapter, weight, f)
 
-    def _row_mask(self, adapter: Adapter, out: Tensor) -> Tensor:
-        """Rank dropout: drop output rows of the adapter's part; never divides by zero."""
-        p = _output_dropout(adapter)
-        keep = (torch.rand(out.shape[1], device=out.device) >= p).to(out.dtype)
-        if adapter.config.rank_dropout_scale:  # type: ignore[attr-defined]
-            keep = keep / keep.mean().clamp_min(1 / keep.numel())
-        return out * keep.view(1, -1, *[1] * (out.dim() - 2))
 
-    def choices(self, x: Tensor) -> dict[str, Choice]:
-        """How every active adapter would run on an input, with the cost model's figures."""
-        inner, _ = self.geometry.enter(x)
-        first = {n: self.adapter(n).members()[0] for n in self.active}
-        return {n: self._choose(adapter, f, inner, self.has_plain_weight)[0] for n, (adapter, f) in first.items()}
-
-
-_choose = functools.lru_cache(maxsize=4096)(choose)
-_PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TENSORS = (Tensor, nn.Parameter)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
-
-
-def has_hooks(layer: nn.Module) -> bool:
-    """Whether a hook of the layer's own, or a global one, wants to see the layer called."""
-    own, shared = layer.__dict__, vars(torch.nn.modules.module)
-    return any([own[name] for name in _HOOKS]) or any([shared[name] for name in _GLOBAL_HOOKS])
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """Dtype an operation on ``x`` runs in: autocast's where it is on, else the input's."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
-def _trains(adapter: Adapter) -> bool:
-    """Whether this call records a gradient of one of its factors."""
-    return torch.is_grad_enabled() and any([p.requires_grad for p in adapter.parameters()])
-
-
-def _module_dropout(adapter: Adapter) -> float:
-    """Probability of skipping the adapter for a call."""
-    return getattr(adapter.config, "module_dropout", 0.0)
-
-
-def _input_dropout(adapter: Adapter) -> float:
-    """Probability of dropping entries of the adapter's input."""
-    return getattr(adapter.config, "lora_dropout", 0.0) or getattr(adapter.config, "miss_dropout", 0.0)
-
-
-def _output_dropout(adapter: Adapter) -> float:
-    """Probability of dropping rows of the adapter's output."""
-    return getattr(adapter.config, "rank_dropout", 0.0)
-
-
-def _varied(adapter: Adapter) -> bool:
-    """Whether chance decides, in training, what the adapter adds."""
-    return _masked(adapter) or bool(_module_dropout(adapter))
-
-
-def _masked(adapter: Adapter) -> bool:
-    """Whether the adapter, in training, sees another input or gives another output than the plain change of the weight."""
-    return bool(_input_dropout(adapter) or _output_dropout(adapter))

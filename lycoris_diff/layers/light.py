@@ -8,6 +8,7 @@ that are small themselves.
 from __future__ import annotations
 
 from math import prod
+from typing import Any
 
 from torch import Tensor
 
@@ -60,5 +61,7 @@ def run_light(geometry: Geometry, weight: Tensor, bias: Tensor | None, x: Tensor
     y = geometry.apply(inner, weight, bias)
     for adapter, program in parts:
         if program is not None:
-            y = program.plus(geometry, y, inner, cast(adapter.inputs(), x.dtype))
+            f: dict[str, Any] = adapter.factors()
+            f["scale"] = adapter.known_scale
+            y = program.plus(geometry, y, inner, cast(f, x.dtype))
     return geometry.leave(y, lead)
