@@ -159,7 +159,7 @@ class TestChanges:
         assert not torch.equal(twin(x), before)
         assert torch.equal(model(x), before)
 
-    @pytest.mark.parametrize("tokens", [4, 1024])
+    @pytest.mark.parametrize("tokens", [4, light.SMALL])
     def test_hooks_are_called(self, tokens):
         model = layer_with()
         x = torch.randn(tokens, 64)
@@ -169,7 +169,7 @@ class TestChanges:
         model(x)
         assert len(seen) == 1
 
-    @pytest.mark.parametrize("tokens", [4, 1024])
+    @pytest.mark.parametrize("tokens", [4, light.SMALL])
     def test_a_base_weight_that_trains(self, tokens):
         model = layer_with()
         x = torch.randn(tokens, 64)

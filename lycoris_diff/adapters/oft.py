@@ -255,11 +255,16 @@ class OFT(Adapter):
         rotation = self._rotation(f, torch.promote_types(f[self.factor_names[0]].dtype, torch.float32))
         less = oft.back_less_identity(rotation, f["strength"])
 
-        def turned(x: Tensor) -> Tensor:
+        def times(x: Tensor, matrices: Tensor) -> Tensor:
             last = x.movedim(1, -1)
-            return oft.rotate_columns(last.flatten(0, -2), less.to(x.dtype)).view(last.shape).movedim(-1, 1)
+            return oft.rotate_columns(last.flatten(0, -2), matrices.to(x.dtype)).view(last.shape).movedim(-1, 1)
 
-        return Around(before=turned)
+        def moved(x: Tensor) -> Tensor:
+            if x.dtype.itemsize < 4:  # what is added would be rounded as parts of one
+                return x + times(x, less)
+            return times(x, less + torch.eye(less.shape[-1], dtype=less.dtype, device=less.device))
+
+        return Around(before=lambda x: times(x, less), moved=moved)
 
     def _rotation(self, f: Factors, dtype: torch.dtype) -> Tensor:
         config: OFTConfig = self.config  # type: ignore[assignment]

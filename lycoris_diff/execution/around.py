@@ -25,11 +25,13 @@ class Around(NamedTuple):
         before: of the input, ``(n, in, ...)`` to the same shape.
         after: of the layer's output without its bias, ``(n, out, ...)`` to the same shape.
         beside: from the input to an output of its own.
+        moved: ``x + before(x)`` in one pass, for changes that have nothing but `before`.
     """
 
     before: Map | None = None
     after: Map | None = None
     beside: Map | None = None
+    moved: Map | None = None
 
 
 class Host(NamedTuple):
@@ -86,7 +88,9 @@ def run_around(members: Sequence[Around], x: Tensor, host: Host) -> Tensor:
 
     Changes of the input alone take one run, and so do changes of the output alone; both kinds together take two.
     """
-    befores, afters, besides = ([maps for maps in kind if maps is not None] for kind in zip(*members))
+    if len(members) == 1 and members[0].moved is not None:
+        return host.run(members[0].moved(x))
+    befores, afters, besides, _ = ([maps for maps in kind if maps is not None] for kind in zip(*members))
     moved = [before(x) for before in befores]
     y = host.run(x if afters else sum(moved, x))
     if afters:
