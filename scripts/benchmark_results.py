@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -139,9 +140,10 @@ def rank(row: Row) -> tuple[int, ...]:
 
 def report(series: list[Series], chart: Path | None, document: Path | None) -> None:
     """Print the last series, this machine's; write the document's section and the chart, of all, where they are asked for."""
-    table = Table(*HEADERS, title="One training step, relative to the frozen base model")
+    shown = [header in ON_SCREEN for header in HEADERS]
+    table = Table(*compress(HEADERS, shown), title="One training step, relative to the frozen base model")
     for row in series[-1].table:
-        table.add_row(*cells(row))
+        table.add_row(*compress(cells(row), shown))
     Console().print(table)
     if chart:
         from benchmark_chart import step_chart
@@ -159,6 +161,9 @@ HEADERS += [
     *[f"{name} saved MiB" for name in ADAPTED],
     *[f"{name} peak MiB" for name in ("ours", "PEFT")],
 ]
+
+
+ON_SCREEN = {"model", "targets", "algorithm", "ours x", "PEFT x", "LyCORIS bypass x", "target", "met"}
 
 
 def cells(row: Row) -> list[str]:
