@@ -148,7 +148,8 @@ def adapted(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, row: Ten
     return _run(call, x, weight, bias, row, tensors)[0]
 
 
-#: the first step's output is kept for backward where it is at most this share of the input
+#: the first step's output is kept for backward where it is at most this share of the input; of convolutions, whose base layer
+#: keeps the input anyway, twice that
 KEPT = 0.25
 
 
@@ -174,7 +175,8 @@ class _Adapted(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call: Call, x, weight, bias, row, *tensors):
         y, unscaled, started = _run(call, x, weight, bias, row, tensors)
-        kept = [z if z is not x and z.numel() <= KEPT * x.numel() else None for z in started]
+        limit = (2 if call.geometry.kernel else 1) * KEPT * x.numel()
+        kept = [z if z is not x and z.numel() <= limit else None for z in started]
         ctx.set_materialize_grads(False)
         ctx.call, ctx.factors = call, len(tensors)
         ctx.save_for_backward(x, weight, bias, row, unscaled, *tensors, *kept)

@@ -140,7 +140,7 @@ class Geometry:
             if p < NARROW:  # half the time, where it is a transposed view
                 weight = weight.contiguous()
             return F.linear(x, weight) if groups == 1 else F.linear(x.reshape(-1, d), weight).view(x.shape[0], groups * p)
-        y = torch.matmul(weight, x.reshape(x.shape[0] * groups, d, prod(x.shape[2:])))
+        y = on_every(weight, x.reshape(x.shape[0] * groups, d, prod(x.shape[2:])))
         return y.view(x.shape[0], groups * p, *x.shape[2:])
 
     def accumulate_(self, y: Tensor, h: Tensor, weight: Tensor, groups: int = 1) -> Tensor:
@@ -175,8 +175,16 @@ def mix(x: Tensor, weight: Tensor) -> Tensor:
     """``weight (a, c)`` across the slices: ``(b, c*q, *s) -> (b, a*q, *s)``; the same for every layer kind."""
     a, c = weight.shape
     batch, channels, *space = x.shape
-    y = torch.matmul(weight, x.reshape(batch, c, channels // c * prod(space)))
+    y = on_every(weight, x.reshape(batch, c, channels // c * prod(space)))
     return y.view(batch, a * (channels // c), *space)
+
+
+def on_every(matrix: Tensor, batch: Tensor) -> Tensor:
+    """``matrix (p, d)`` times every matrix of a batch ``(b, d, n)``."""
+    if torch.is_grad_enabled():  # one product of a copy then, which needs no gradient of every matrix' own
+        return torch.matmul(matrix, batch)
+    # `matmul` makes that copy of whatever requires a gradient, even where none is recorded
+    return torch.bmm(matrix.expand(len(batch), *matrix.shape), batch)
 
 
 def narrow_product(left: Tensor, right: Tensor) -> Tensor:
