@@ -128,7 +128,7 @@ def test_small_factors_of_large_products_cost_no_memory(kind, tmp_path):
     save_file(tensors, tmp_path / "large.safetensors")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     report = inspect_checkpoint(tmp_path / "large.safetensors")
-    assert report.base_model == "" and report.blocks[0].norm == pytest.approx(norm, rel=1e-5)  # float32 sums of 40,000
+    assert report.base_model == "" and report.blocks[0].norm == pytest.approx(norm, rel=1e-5)
     if kind in ("LoKr", "core"):
         with pytest.raises(CheckpointError, match="more than the"):
             convert_checkpoint(tmp_path / "large.safetensors", tmp_path / "out.safetensors", "onetrainer")

@@ -34,13 +34,19 @@ def suits(x: Tensor, rank: int) -> bool:
     return rank < NARROW and x.device.type == DEVICE and x.dtype in DTYPES
 
 
+def rank_first(x: Tensor, weight: Tensor, groups: int = 1) -> Tensor:
+    """A ``weight (rank, d)`` on each of ``groups`` slices of ``x (tokens, groups*d)``: ``(batch, rank, rows)``."""
+    tokens = x.shape[0]
+    batch = tokens if groups > 1 else blocks(tokens)
+    rows = groups if groups > 1 else tokens // batch
+    return torch.bmm(weight.expand(batch, *weight.shape), x.reshape(batch, rows, weight.shape[1]).mT)
+
+
 def times_narrow(x: Tensor, weight: Tensor) -> Tensor:
     """``x @ weight.T`` for ``x (rows, n)`` and a ``weight (rank, n)`` of any rank."""
     if torch.compiler.is_compiling() or not suits(x, weight.shape[0]):
         return x @ weight.T
-    (rows, n), batch = x.shape, blocks(x.shape[0])
-    y = torch.bmm(weight.expand(batch, -1, -1), x.reshape(batch, rows // batch, n).mT)
-    return y.mT.reshape(rows, weight.shape[0])
+    return rank_first(x, weight).mT.reshape(x.shape[0], weight.shape[0])
 
 
 @dataclass(frozen=True)
@@ -50,10 +56,7 @@ class Down(Step):
     groups: int = 1
 
     def apply(self, geo: Geometry, x: Tensor, w: Any) -> Tensor:
-        tokens = x.shape[0]
-        batch = tokens if self.groups > 1 else blocks(tokens)
-        rows = self.groups if self.groups > 1 else tokens // batch
-        return torch.bmm(w.expand(batch, *w.shape), x.reshape(batch, rows, w.shape[1]).mT)
+        return rank_first(x, w, self.groups)
 
     def adjoint(self, geo: Geometry, x: Tensor, w: Any, grad: Tensor) -> Tensor:
         return torch.bmm(grad.mT, w.expand(grad.shape[0], *w.shape)).view(x.shape)

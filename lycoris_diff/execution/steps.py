@@ -24,7 +24,7 @@ Factors = Mapping[str, Tensor]
 Build = Callable[[Factors], Tensor]
 
 
-def scaled(t: Tensor, scale: Tensor | float) -> Tensor:
+def times_scale(t: Tensor, scale: Tensor | float) -> Tensor:
     """``t * scale``, without an operation where the scale is known to be one."""
     return t if type(scale) is float and scale == 1.0 else t * scale
 
@@ -47,7 +47,7 @@ class Factor:
 
     def __call__(self, f: Factors) -> Tensor:
         """The weight."""
-        t = scaled(f[self.name], f["scale"]) if self.scaled else f[self.name]
+        t = times_scale(f[self.name], f["scale"]) if self.scaled else f[self.name]
         t = t.transpose(0, 1) if self.swapped else t
         return t.reshape(self.shape) if self.shape is not None else t.flatten(1) if t.dim() > 2 else t
 
@@ -55,7 +55,7 @@ class Factor:
         """Gradient of the factor from that of the weight."""
         t = f[self.name]
         grad = grad.reshape(t.transpose(0, 1).shape).transpose(0, 1) if self.swapped else grad.reshape(t.shape)
-        return scaled(grad, f["scale"]) if self.scaled else grad
+        return times_scale(grad, f["scale"]) if self.scaled else grad
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ class AdaptedLayer(SeparateLayer):
             if changing or (found is not None and not adapter.keeps_program and (program is not None or sampled is not None)):
                 return None
             light = light and (little if program is None else small and keeps_little(self.geometry, tokens, program, f))
-            parts.append((adapter, program))
+            parts.append((adapter, program, scale))
             term = Running(adapter, f, program, sampled).term(False, x)
             if program is not None and program.direct:
                 term = term._replace(names=tuple(adapter.factors()), scale=scale)
@@ -106,7 +106,7 @@ class AdaptedLayer(SeparateLayer):
             return run_light(geo, weight, bias, x, plan.parts)
         inner, lead = geo.enter(x)
         tensors: list[Tensor] = []
-        for (adapter, _), term in zip(plan.parts, plan.call.terms):
+        for (adapter, *_), term in zip(plan.parts, plan.call.terms):
             tensors += (adapter.inputs() if term.scale is None else adapter.factors()).values()
         return geo.leave(adapted(plan.call, inner, geo.canonical(weight), bias, None, tensors), lead)
 

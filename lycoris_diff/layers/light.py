@@ -23,8 +23,8 @@ SMALL = 2**17
 #: numbers that may be kept for backward in any case, an eighth of a MiB
 LITTLE = 2**15
 
-#: active adapters, each with the program that it runs beside the layer; None changes the weight instead
-Parts = list[tuple[Adapter, Program | None]]
+#: active adapters, each with the program that it runs beside the layer (None changes the weight instead) and its known scale
+Parts = list[tuple[Adapter, Program | None, float]]
 
 
 def is_small(geometry: Geometry, tokens: int) -> bool:
@@ -55,13 +55,13 @@ def run_light(geometry: Geometry, weight: Tensor, bias: Tensor | None, x: Tensor
     """
     inner, lead = geometry.enter(x)
     weight = geometry.canonical(weight)
-    dense = [(adapter, adapter.inputs()) for adapter, program in parts if program is None]
+    dense = [(adapter, adapter.inputs()) for adapter, program, _ in parts if program is None]
     if dense:
         weight = changed_weight(weight, dense).to(x.dtype)
     y = geometry.apply(inner, weight, bias)
-    for adapter, program in parts:
+    for adapter, program, scale in parts:
         if program is not None:
             f: dict[str, Any] = adapter.factors()
-            f["scale"] = adapter.known_scale
+            f["scale"] = scale
             y = program.plus(geometry, y, inner, cast(f, x.dtype))
     return geometry.leave(y, lead)

@@ -16,7 +16,7 @@ class Plan(NamedTuple):
     """How adapters run.
 
     Attributes:
-        parts: the adapters with the programs that they run beside the layer.
+        parts: the adapters with the programs that they run beside the layer, and their scales.
         call: the fused operation that they make; None for plain ones.
     """
 

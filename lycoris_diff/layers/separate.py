@@ -52,7 +52,7 @@ class SeparateLayer(MergeableLayer):
         """Those that are run. A zero strength is not unless it trains: exactly the base, whatever the factors hold."""
         if torch.compiler.is_compiling():
             return names
-        return tuple([n for n in names if not self.adapter(n).idle or trains(self.adapter(n))])
+        return tuple([n for n in names if not self.adapter(n).idle or _trains(self.adapter(n))])
 
     def _transparent(self) -> bool:
         """Whether the base layer is a plain known class that nothing else watches, so that its weight may be used directly."""
@@ -64,7 +64,7 @@ class SeparateLayer(MergeableLayer):
         cost = adapter.around_cost
         if cost is None or adapter.pinned or self.geometry.edges or not self._transparent():
             return False
-        return around_is_cheaper(self.geometry.shape, self.geometry.tokens(x), trains(adapter), cost)
+        return around_is_cheaper(self.geometry.shape, self.geometry.tokens(x), _trains(adapter), cost)
 
     def _separate(self, names: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Plain differentiable operations: one with the changed weight where the base may be bypassed, else all beside it."""
@@ -241,7 +241,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def trains(adapter: Adapter) -> bool:
+def _trains(adapter: Adapter) -> bool:
     """Whether this call records a gradient of one of its factors."""
     return torch.is_grad_enabled() and any([p.requires_grad for p in adapter.parameters()])
 
