@@ -127,7 +127,7 @@ class Contender:
         self.owners = nn.ModuleList([model, *filter(None, [adapter])])
         self.trainable = fill_factors(self.owners)
         self.parameters = sum(parameter.numel() for parameter in self.trainable)
-        self.optimizer = torch.optim.AdamW(self.trainable, lr=1e-6) if self.trainable else None
+        self.optimizer = torch.optim.AdamW(self.trainable, lr=1e-6, fused=True) if self.trainable else None
 
     def forward(self, call: Mapping[str, Tensor]) -> Tensor:
         """Return the model's output."""

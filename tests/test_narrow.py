@@ -15,7 +15,8 @@ from lycoris_diff import LoKrConfig, LoraConfig, MissConfig, inject_adapter
 from lycoris_diff.execution import narrow
 from lycoris_diff.execution.geometry import Geometry, geometry_of
 from lycoris_diff.execution.narrow import Across, Down, Sums, Up, narrowed
-from lycoris_diff.execution.steps import Factor, Mix, Pointwise, Program, Shards, Window
+from lycoris_diff.execution.program import Program
+from lycoris_diff.execution.steps import Factor, Mix, Pointwise, Shards, Window
 
 COUNTS = st.integers(1, 6)
 

@@ -121,6 +121,32 @@ def test_what_a_short_name_stands_for_can_be_overridden(name):
         assert make_optimizer(config, groups_of(weights(), 1.0)).param_groups[0][key] is (value if not override else not value)
 
 
+@pytest.mark.parametrize(
+    ("fields", "fused"),
+    [
+        ({}, True),
+        ({"optimizer_args": {"fused": False}}, False),
+        ({"optimizer_args": {"foreach": True}}, None),
+        ({"mixed_precision": "fp16"}, None),
+        ({"optimizer": "torch.optim.AdamW"}, None),
+    ],
+)
+def test_adamw_is_one_operation_unless_it_may_not_be(fields, fused):
+    assert make_optimizer(settings(**fields), groups_of(weights())).param_groups[0]["fused"] is fused
+
+
+def test_adamw_as_one_operation_takes_the_same_steps():
+    taken = []
+    for given in ({}, {"fused": False, "foreach": False}):
+        parameters = weights()
+        config = settings(optimizer_args={"weight_decay": 0.1, **given})
+        optimizer = make_optimizer(config, groups_of(parameters, 1e-2, other=1e-3))
+        take_steps(parameters, optimizer, make_lr_scheduler(config, optimizer), range(5))
+        taken.append(parameters)
+    for one, other in zip(*taken):  # two orders of the same float32 operations, five steps of 1e-2
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
 def test_prodigy_prints_nothing():
     need("prodigy")
     with contextlib.redirect_stdout(io.StringIO()) as printed:

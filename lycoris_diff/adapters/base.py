@@ -20,7 +20,8 @@ from ..execution.around import Around, Host
 from ..execution.engine import cast
 from ..execution.geometry import Geometry, geometry_of
 from ..execution.narrow import times_narrow
-from ..execution.steps import Factors, Program
+from ..execution.program import Program
+from ..execution.steps import Factors
 from ..functional import dora
 from .config import AdapterConfig
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..execution.geometry import Geometry
-from ..execution.steps import Conv, Factors, Pointwise, Program
+from ..execution.program import Program
+from ..execution.steps import Conv, Factors, Pointwise
 from ..functional import loha
 from .base import Adapter, Initialiser, Site, fill, magnitude_shape, register
 from .config import ScaledConfig

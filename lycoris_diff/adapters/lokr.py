@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError
 from ..execution.geometry import Geometry, mix
-from ..execution.steps import Conv, Factor, Factors, Mix, Pointwise, Program, Step, window
+from ..execution.program import Program
+from ..execution.steps import Conv, Factor, Factors, Mix, Pointwise, Step, window
 from ..functional import lokr, lora
 from .base import Adapter, Initialiser, Site, fill, magnitude_shape, register
 from .config import ScaledConfig

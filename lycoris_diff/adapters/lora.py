@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..execution.geometry import Geometry
-from ..execution.steps import Conv, Factor, Factors, Pointwise, Program
+from ..execution.program import Program
+from ..execution.steps import Conv, Factor, Factors, Pointwise
 from ..functional import lora
 from .base import Adapter, Site, fill, magnitude_shape, register
 from .config import ScaledConfig

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..execution.geometry import Geometry
-from ..execution.steps import Conv, Factor, Factors, Pointwise, Program, Shards, Step, Tile
+from ..execution.program import Program
+from ..execution.steps import Conv, Factor, Factors, Pointwise, Shards, Step, Tile
 from ..functional import miss
 from .base import Adapter, Site, fill, register
 from .config import AdapterConfig

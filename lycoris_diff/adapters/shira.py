@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from ..errors import AdapterError, CheckpointError, ConfigError
 from ..execution.geometry import Geometry, is_transformers_conv1d
-from ..execution.steps import Factor, Factors, Pattern, Program, Sparse
+from ..execution.program import Program
+from ..execution.sparse import Pattern, Sparse
+from ..execution.steps import Factor, Factors
 from ..functional import shira
 from .base import Adapter, Site, expect_shapes, register
 from .config import AdapterConfig

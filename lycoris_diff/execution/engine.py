@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from .geometry import Geometry
-from .steps import Factors, Program, Step, add_gradients, sampled_gradients
+from .program import Program, add_gradients, sampled_gradients
+from .steps import Factors, Step
 
 AddChange = Callable[[Tensor, Tensor, Factors], Tensor]
 

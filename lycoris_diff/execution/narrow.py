@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from .geometry import NARROW, Geometry
-from .steps import Mix, Pointwise, Program, Shards, Step, Window
+from .program import Program
+from .steps import Mix, Pointwise, Shards, Step, Window
 
 #: fewest tokens in a block
 ROWS = 32

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from ..adapters.base import Adapter
 from ..execution.engine import Call, Term, cast
-from ..execution.steps import Factors, Program, Step
+from ..execution.program import Program
+from ..execution.steps import Factors, Step
 
 #: a step's weight is kept where it has at most this share of the layer's
 SMALL = 0.25

@@ -15,7 +15,8 @@ from torch import Tensor
 from ..adapters.base import Adapter
 from ..execution.engine import cast, changed_weight
 from ..execution.geometry import Geometry
-from ..execution.steps import Factors, Program
+from ..execution.program import Program
+from ..execution.steps import Factors
 
 #: numbers in the layer's input and output, together, up to which it is small: the fused operation saves passes over them, a
 #: tenth of a millisecond for so many, and spends that on calls

@@ -12,7 +12,7 @@ from ..adapters.base import Adapter
 from ..execution.costs import Choice
 from ..execution.engine import changed_weight
 from ..execution.norms import run_with
-from ..execution.steps import Program
+from ..execution.program import Program
 from .layer import AdaptedLayer
 from .parts import bias_change, plus
 

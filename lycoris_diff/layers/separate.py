@@ -18,7 +18,8 @@ from ..execution.engine import Term, cast, changed_weight
 from ..execution.geometry import is_transformers_conv1d
 from ..execution.narrow import narrowed
 from ..execution.packed import describe, rearranged
-from ..execution.steps import Program, Step
+from ..execution.program import Program
+from ..execution.steps import Step
 from .mergeable import MergeableLayer
 from .parts import bias_change, plus
 from .samples import Samples
