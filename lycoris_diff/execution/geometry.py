@@ -154,6 +154,15 @@ class Geometry:
             y.view(batch, b, size).baddbmm_(weight.expand(batch, b, q), h.reshape(batch, q, size))
         return y
 
+    def accumulated(self, y: Tensor, h: Tensor, weight: Tensor, groups: int = 1) -> Tensor:
+        """``y + pointwise(h, weight, groups)`` in one differentiable operation; ``y`` is contiguous."""
+        b, q = weight.shape
+        if not self.kernel:
+            return torch.addmm(y.view(-1, b), h.reshape(-1, q), weight.T).view(y.shape)
+        batch, size = y.shape[0] * groups, prod(y.shape[2:])
+        matrices = weight.expand(batch, b, q)
+        return torch.baddbmm(y.view(batch, b, size), matrices, h.reshape(batch, q, size)).view(y.shape)
+
     def pointwise_weight_grad(self, x: Tensor, grad: Tensor, weight: Tensor, groups: int) -> Tensor:
         """Gradient of `pointwise` with respect to its weight ``(p, d)``."""
         p, d = weight.shape
@@ -181,10 +190,11 @@ def mix(x: Tensor, weight: Tensor) -> Tensor:
 
 def on_every(matrix: Tensor, batch: Tensor) -> Tensor:
     """``matrix (p, d)`` times every matrix of a batch ``(b, d, n)``."""
-    if torch.is_grad_enabled():  # one product of a copy then, which needs no gradient of every matrix' own
+    p, d = matrix.shape
+    if torch.is_grad_enabled() and p * d > 2 * (p + d) * batch.shape[2]:  # each has a gradient of its own, larger than copies
         return torch.matmul(matrix, batch)
-    # `matmul` makes that copy of whatever requires a gradient, even where none is recorded
-    return torch.bmm(matrix.expand(len(batch), *matrix.shape), batch)
+    # `matmul` copies whatever requires a gradient, even where none is recorded
+    return torch.bmm(matrix.expand(len(batch), p, d), batch)
 
 
 def narrow_product(left: Tensor, right: Tensor) -> Tensor:

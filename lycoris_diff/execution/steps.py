@@ -106,8 +106,7 @@ class Pointwise(Step):
         return geo.pointwise_weight_grad(x, grad, w, self.groups)
 
     def plus(self, geo: Geometry, y: Tensor, x: Tensor, w: Any) -> Tensor:
-        one = self.groups == 1 and not geo.kernel
-        return torch.addmm(y, x, w.T) if one else super().plus(geo, y, x, w)
+        return geo.accumulated(y, x, w, self.groups) if y.is_contiguous() else super().plus(geo, y, x, w)
 
     def add_(self, geo: Geometry, y: Tensor, x: Tensor, w: Any) -> None:
         geo.accumulate_(y, x, w, self.groups)

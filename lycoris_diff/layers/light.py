@@ -1,8 +1,8 @@
 """Small layers in training: where the calls around an operation cost more than its passes over memory.
 
 There the fused operation, whose backward is Python, is slower than the plain operations that it saves: autograd runs those by
-itself. What is kept for backward is the same input, and small things beside it: small results of programs, and changed weights
-that are small themselves.
+itself. What is kept for backward is the same input, or less, and small things beside it: small results of programs, and changed
+weights that are small themselves.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from ..execution.geometry import Geometry
 from ..execution.program import Program
 from ..execution.steps import Factors
 
-#: numbers in the layer's input and output, together, up to which it is small: the fused operation saves passes over them, a
-#: tenth of a millisecond for so many, and spends that on calls
-SMALL = 2**17
+#: numbers in the layer's input and output, together, up to which it is small: the fused operation saves passes over them, half
+#: a millisecond for so many, and spends that on calls when none of them is in a cache
+SMALL = 3 * 2**18
 #: numbers that may be kept for backward in any case, an eighth of a MiB
 LITTLE = 2**15
 
@@ -34,10 +34,12 @@ def is_small(geometry: Geometry, tokens: int) -> bool:
 
 
 def keeps_little(geometry: Geometry, tokens: int, program: Program, f: Factors) -> bool:
-    """Whether what autograd keeps of a program's weights is small, or no larger than the layer's input and output."""
-    sides = geometry.inp * geometry.groups + geometry.out
+    """Whether what autograd keeps beside the input is small: weights of steps, and results between them."""
+    inputs = geometry.inp * geometry.groups
+    sides = inputs + geometry.out
     built = sum(t.numel() for t in f.values()) if program.direct else program.width * sides
-    return built <= max(tokens * sides, LITTLE)
+    between = tokens * program.width * (1 if program.mid is None else 2)
+    return built <= max(tokens * sides, LITTLE) and between <= max(tokens * inputs // 2, 2 * LITTLE)
 
 
 def has_little_weight(geometry: Geometry) -> bool:
