@@ -191,10 +191,20 @@ def mix(x: Tensor, weight: Tensor) -> Tensor:
 def on_every(matrix: Tensor, batch: Tensor) -> Tensor:
     """``matrix (p, d)`` times every matrix of a batch ``(b, d, n)``."""
     p, d = matrix.shape
-    if torch.is_grad_enabled() and p * d > 2 * (p + d) * batch.shape[2]:  # each has a gradient of its own, larger than copies
+    if torch.is_grad_enabled() and copies_are_smaller(p, d, batch.shape[2]):
         return torch.matmul(matrix, batch)
     # `matmul` copies whatever requires a gradient, even where none is recorded
-    return torch.bmm(matrix.expand(len(batch), p, d), batch)
+    return torch.bmm(matrix.expand(batch.shape[0], p, d), batch)
+
+
+def copies_are_smaller(p: int, d: int, n: int) -> bool:
+    """Whether one product of copies of both sides beats a batch of them, each with its own gradient of the ``(p, d)`` matrix.
+
+    Args:
+        p, d: sizes of the matrix that all ``(d, n)`` matrices of the batch are multiplied with.
+        n: columns of each.
+    """
+    return p * d > 2 * (p + d) * n
 
 
 def narrow_product(left: Tensor, right: Tensor) -> Tensor:

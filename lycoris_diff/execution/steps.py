@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..functional.miss import shard_sum
-from .geometry import Geometry, mix
+from .geometry import Geometry, copies_are_smaller, mix
 
 #: tensors by name; under "scale" a number where it is known
 Factors = Mapping[str, Tensor]
@@ -149,9 +149,17 @@ class Mix(Step):
         a, c = w.shape
         batch, size = x.shape[0], x.shape[1] // c * prod(x.shape[2:])
         grad, x = grad.reshape(batch, a, size), x.reshape(batch, c, size)
-        if a * c > 2 * (a + c) * size:  # a matrix for every token would be larger than copies of both sides
+        if copies_are_smaller(a, c, size):
             return torch.tensordot(grad, x, ([0, 2], [0, 2]))
         return torch.bmm(grad, x.mT).sum(0)
+
+    def plus(self, geo: Geometry, y: Tensor, x: Tensor, w: Any) -> Tensor:
+        a, c = w.shape
+        batch, size = x.shape[0], x.shape[1] // c * prod(x.shape[2:])
+        if not y.is_contiguous() or copies_are_smaller(a, c, size):
+            return super().plus(geo, y, x, w)
+        parts = x.reshape(batch, c, size)
+        return torch.baddbmm(y.view(batch, a, size), w.expand(batch, a, c), parts).view(y.shape)
 
     def add_(self, geo: Geometry, y: Tensor, x: Tensor, w: Any) -> None:
         a, c = w.shape
