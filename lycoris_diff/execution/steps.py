@@ -146,28 +146,31 @@ class Mix(Step):
         return mix(grad, w.T)
 
     def weight_grad(self, geo: Geometry, x: Tensor, w: Any, grad: Tensor) -> Tensor:
-        a, c = w.shape
-        batch, size = x.shape[0], x.shape[1] // c * prod(x.shape[2:])
+        a, c, batch, size = _slices(x, w)
         grad, x = grad.reshape(batch, a, size), x.reshape(batch, c, size)
         if copies_are_smaller(a, c, size):
             return torch.tensordot(grad, x, ([0, 2], [0, 2]))
         return torch.bmm(grad, x.mT).sum(0)
 
     def plus(self, geo: Geometry, y: Tensor, x: Tensor, w: Any) -> Tensor:
-        a, c = w.shape
-        batch, size = x.shape[0], x.shape[1] // c * prod(x.shape[2:])
+        a, c, batch, size = _slices(x, w)
         if not y.is_contiguous() or copies_are_smaller(a, c, size):
             return super().plus(geo, y, x, w)
         parts = x.reshape(batch, c, size)
         return torch.baddbmm(y.view(batch, a, size), w.expand(batch, a, c), parts).view(y.shape)
 
     def add_(self, geo: Geometry, y: Tensor, x: Tensor, w: Any) -> None:
-        a, c = w.shape
-        batch, size = x.shape[0], x.shape[1] // c * prod(x.shape[2:])
+        a, c, batch, size = _slices(x, w)
         y.view(batch, a, size).baddbmm_(w.expand(batch, a, c), x.reshape(batch, c, size))
 
     def add_adjoint_(self, geo: Geometry, gx: Tensor, x: Tensor, w: Any, grad: Tensor) -> None:
         self.add_(geo, gx, grad, w.T)
+
+
+def _slices(x: Tensor, w: Tensor) -> tuple[int, int, int, int]:
+    """Slices out and in, how many inputs, and the numbers in a slice."""
+    a, c = w.shape
+    return a, c, x.shape[0], x.shape[1] // c * prod(x.shape[2:])
 
 
 @dataclass(frozen=True)
