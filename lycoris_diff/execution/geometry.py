@@ -160,8 +160,7 @@ class Geometry:
         if not self.kernel:
             return torch.addmm(y.view(-1, b), h.reshape(-1, q), weight.T).view(y.shape)
         batch, size = y.shape[0] * groups, prod(y.shape[2:])
-        matrices = weight.expand(batch, b, q)
-        return torch.baddbmm(y.view(batch, b, size), matrices, h.reshape(batch, q, size)).view(y.shape)
+        return plus_on_every(y.view(batch, b, size), weight, h.reshape(batch, q, size)).view(y.shape)
 
     def pointwise_weight_grad(self, x: Tensor, grad: Tensor, weight: Tensor, groups: int) -> Tensor:
         """Gradient of `pointwise` with respect to its weight ``(p, d)``."""
@@ -195,6 +194,14 @@ def on_every(matrix: Tensor, batch: Tensor) -> Tensor:
         return torch.matmul(matrix, batch)
     # `matmul` copies whatever requires a gradient, even where none is recorded
     return torch.bmm(matrix.expand(batch.shape[0], p, d), batch)
+
+
+def plus_on_every(total: Tensor, matrix: Tensor, batch: Tensor) -> Tensor:
+    """``total (b, p, n)`` and `on_every`, in one differentiable operation where that does not make larger gradients."""
+    p, d = matrix.shape
+    if copies_are_smaller(p, d, batch.shape[2]):
+        return total + on_every(matrix, batch)
+    return torch.baddbmm(total, matrix.expand(batch.shape[0], p, d), batch)
 
 
 def copies_are_smaller(p: int, d: int, n: int) -> bool:

@@ -44,7 +44,8 @@ class Program:
 
     def plus(self, geo: Geometry, y: Tensor, x: Tensor, f: Factors) -> Tensor:
         """``y`` and the adapter's output, in plain differentiable operations."""
-        return self.last.plus(geo, y, self._between(geo, self.start(geo, x, f), f), _built(self.last, f))
+        h, w = self._between(geo, self.start(geo, x, f), f), _built(self.last, f)
+        return self.last.plus(geo, y, h, w) if y.is_contiguous() else y + self.last.apply(geo, h, w)
 
     def start(self, geo: Geometry, x: Tensor, f: Factors) -> Tensor:
         """Output of the first step."""
@@ -83,7 +84,7 @@ class Program:
                 found[step.weight.name] = step.weight.pull(f, step.weight_grad(geo, x, w, grad))
 
         def trains(step: Step | None) -> bool:
-            return step is not None and step.weight is not None and step.weight.name in wanted  # type: ignore[attr-defined]
+            return step is not None and isinstance(step.weight, Factor) and step.weight.name in wanted
 
         if self.first is None:
             learn(self.last, x, _built(self.last, f), grad)

@@ -77,17 +77,15 @@ class Sparse(Step):
     Works on transposed copies, where every entry meets contiguous rows: a hundredth of the arithmetic of the dense gradient.
     """
 
-    pattern: Pattern | None = None
+    pattern: Pattern
 
     def add_(self, geo: Geometry, y: Tensor, x: Tensor, w: Any) -> None:
-        y.add_((self.pattern.matrix(_wide(w)) @ _wide(x).T.contiguous()).T.contiguous())  # type: ignore[union-attr]
+        y.add_((self.pattern.matrix(_wide(w)) @ _wide(x).T.contiguous()).T.contiguous())
 
     def add_adjoint_(self, geo: Geometry, gx: Tensor, x: Tensor, w: Any, grad: Tensor) -> None:
-        gx.add_((self.pattern.transposed(_wide(w)) @ _wide(grad).T.contiguous()).T.contiguous())  # type: ignore[union-attr]
+        gx.add_((self.pattern.transposed(_wide(w)) @ _wide(grad).T.contiguous()).T.contiguous())
 
     def weight_grad(self, geo: Geometry, x: Tensor, w: Any, grad: Tensor) -> Tensor:
-        pattern = self.pattern
-        assert pattern is not None
-        empty = pattern.matrix(_wide(torch.zeros_like(w)))
+        empty = self.pattern.matrix(_wide(torch.zeros_like(w)))
         sampled = torch.sparse.sampled_addmm(empty, _wide(grad).T.contiguous(), _wide(x).T.contiguous().T, beta=0.0)
-        return torch.empty_like(w).index_copy_(0, pattern.entry, sampled.values().to(w.dtype))
+        return torch.empty_like(w).index_copy_(0, self.pattern.entry, sampled.values().to(w.dtype))

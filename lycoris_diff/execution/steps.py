@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..functional.miss import shard_sum
-from .geometry import Geometry, copies_are_smaller, mix
+from .geometry import Geometry, copies_are_smaller, mix, plus_on_every
 
 #: tensors by name; under "scale" a number where it is known
 Factors = Mapping[str, Tensor]
@@ -78,7 +78,7 @@ class Step:
         raise NotImplementedError
 
     def plus(self, geo: Geometry, y: Tensor, x: Tensor, w: Any) -> Tensor:
-        """``y + apply(x)``, differentiable."""
+        """``y + apply(x)``, differentiable; ``y`` is contiguous."""
         return y + self.apply(geo, x, w)
 
     def add_(self, geo: Geometry, y: Tensor, x: Tensor, w: Any) -> None:
@@ -106,7 +106,7 @@ class Pointwise(Step):
         return geo.pointwise_weight_grad(x, grad, w, self.groups)
 
     def plus(self, geo: Geometry, y: Tensor, x: Tensor, w: Any) -> Tensor:
-        return geo.accumulated(y, x, w, self.groups) if y.is_contiguous() else super().plus(geo, y, x, w)
+        return geo.accumulated(y, x, w, self.groups)
 
     def add_(self, geo: Geometry, y: Tensor, x: Tensor, w: Any) -> None:
         geo.accumulate_(y, x, w, self.groups)
@@ -154,10 +154,7 @@ class Mix(Step):
 
     def plus(self, geo: Geometry, y: Tensor, x: Tensor, w: Any) -> Tensor:
         a, c, batch, size = _slices(x, w)
-        if not y.is_contiguous() or copies_are_smaller(a, c, size):
-            return super().plus(geo, y, x, w)
-        parts = x.reshape(batch, c, size)
-        return torch.baddbmm(y.view(batch, a, size), w.expand(batch, a, c), parts).view(y.shape)
+        return plus_on_every(y.view(batch, a, size), w, x.reshape(batch, c, size)).view(y.shape)
 
     def add_(self, geo: Geometry, y: Tensor, x: Tensor, w: Any) -> None:
         a, c, batch, size = _slices(x, w)
