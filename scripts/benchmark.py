@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Time and memory of whole models with adapters, against the frozen base model, PEFT and LyCORIS.
 
-For every model, set of targets and algorithm all contenders run interleaved in one process over the same base weights: in each
-round everyone takes one training step (forward, backward with the gradient to the input, AdamW) and one forward under
-`no_grad`, in an order that rotates and is reversed in every other round. Reported are medians of the ratios to the frozen
-base of the same round with 95 % bootstrap intervals; one wider than +-3 % is marked "?". Ours is measured until it is not, at
-most in `--most-rounds`, peers in `--rounds`. A peer whose step is more than a quarter away from ours after five rounds is
-measured no longer. Peak memory is that of a process of its own (`--memory`).
+For every model, set of targets and algorithm all contenders run over the same base weights: in each round everyone takes one
+training step (forward, backward with the gradient to the input, AdamW) and one forward under `no_grad`; on a CPU all at once,
+in turns of a block of the model (`benchmark_turns.py`), in an order that rotates and is reversed in every other round.
+Reported are medians of the ratios to the frozen base of the same round with 95 % bootstrap intervals; one wider than +-3 % is
+marked "?". Ours is measured until it is not, at most in `--most-rounds`, peers in `--rounds`. A peer whose step is more than a
+quarter away from ours after five rounds is measured no longer. Peak memory is that of a process of its own (`--memory`).
 
     python scripts/benchmark.py --models sd15-32 --targets attention --memory
     python scripts/benchmark.py --device cuda --dtypes float32 bfloat16
@@ -22,19 +22,17 @@ import argparse
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 
 import torch
-from benchmark_models import WORKLOADS, Contender
+from benchmark_models import WORKLOADS
 from benchmark_results import ADAPTED, FIRST, Case, Row, Series, earlier, keep, report
+from benchmark_turns import Crew
 from benchmarking import ALGORITHMS, Ratio, machine, order, prepare_process
 from rich.console import Console
 from rich.progress import Progress
-from torch import Tensor
 
 WARMUP = 2
 FORWARDS = 15  # rounds with a forward pass of its own
@@ -61,12 +59,13 @@ def main(arguments: list[str] | None = None) -> None:
     if not series or series[-1].machine != here:
         series.append(Series(here, {}))
     rows = series[-1].rows
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    crew = Crew(["base", *options.contenders], options.threads)
+    with crew, Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=len(cases))
         for case in cases:
             progress.update(task, description=" ".join((case.model, case.targets, case.algorithm, case.dtype)))
             if case not in rows:
-                rows[case] = measure(case, options.contenders, options.rounds, options.most_rounds)
+                rows[case] = measure(case, crew, options.rounds, options.most_rounds)
                 keep(series, options.json)
             if options.memory and not rows[case].peak:
                 rows[case] = replace(rows[case], peak=peaks(case, options.contenders))
@@ -78,72 +77,50 @@ def main(arguments: list[str] | None = None) -> None:
 # -------------------------------------------------------------------------------------------------------- measurement
 
 
-def measure(case: Case, names: list[str], rounds: int, most_rounds: int) -> Row:
+def measure(case: Case, crew: Crew, rounds: int, most_rounds: int) -> Row:
     """Run the contenders of one case for `rounds`, and ours until its interval is narrow, at most for `most_rounds`."""
-    contenders = {name: contender for name in ("base", *names) if (contender := case.contender(name)) is not None}
-    others = [name for name in contenders if name != "base"]
-    sizes = {name: contenders[name].parameters for name in others}
-    if len(set(sizes.values())) > 1:
+    sizes = crew.prepare(case)
+    names = list(sizes)
+    others = [name for name in names if name != "base"]
+    if len({sizes[name] for name in others}) > 1:
         raise RuntimeError(f"{case}: the contenders are not equally large: {sizes}")
-    call = case.call()
-    with torch.no_grad():
-        gradient = torch.randn_like(contenders["base"].forward(call))
-    steps: dict[str, list[float]] = {name: [] for name in contenders}
-    forwards: dict[str, list[float]] = {name: [] for name in contenders}
-    running = list(contenders)
+    steps: dict[str, list[list[float]]] = {name: [] for name in names}
+    forwards: dict[str, list[list[float]]] = {name: [] for name in names}
+    running = names
     for index in range(WARMUP + most_rounds):
-        for name in order(running, index):
-            step, forward = times(contenders[name], call, gradient, case.device, index < WARMUP + FORWARDS)
-            if index >= WARMUP:
-                steps[name].append(step)
-                forwards[name] += [] if forward is None else [forward]
+        turn = order(running, index)
+        step = crew.step(turn)
+        forward = crew.forward(turn) if index < WARMUP + FORWARDS else {}
+        if index < WARMUP:
+            continue
+        for measured, found in ((steps, step), (forwards, forward)):
+            for name, turns in found.items():
+                measured[name].append(turns)
         done = index + 1 - WARMUP
-        if done == FIRST and "ours" in contenders:
+        if done == FIRST and "ours" in names:
             running = [name for name in running if name == "base" or not far(steps[name], steps["ours"])]
         if done >= rounds:
             judged = "ours" if "ours" in running else others[0]
             running = ["base", judged]
-            if Ratio.of(steps[judged], steps["base"]).conclusive:
+            if Ratio.of_turns(steps[judged], steps["base"]).conclusive:
                 break
-    saved = {name: contender.saved_bytes(call) for name, contender in contenders.items()}
+    saved = crew.saved_bytes(names)
     return Row(
         case,
         len(steps["base"]),
-        sizes,
-        statistics.median(steps["base"]),
-        {name: Ratio.of(steps[name], steps["base"]) for name in others},
-        {name: Ratio.of(forwards[name], forwards["base"]) for name in others},
+        {name: sizes[name] for name in others},
+        sum(map(statistics.median, zip(*steps["base"], strict=True))),
+        {name: Ratio.of_turns(steps[name], steps["base"]) for name in others},
+        {name: Ratio.of_turns(forwards[name], forwards["base"]) for name in others},
         {name: saved[name] - saved["base"] for name in others},
         {},
     )
 
 
-def far(values: list[float], ours: list[float]) -> bool:
+def far(values: list[list[float]], ours: list[list[float]]) -> bool:
     """Whether a peer's steps are so much slower or faster than ours that more rounds would tell nothing."""
-    ratio = Ratio.of(values, ours)
+    ratio = Ratio.of_turns(values, ours)
     return ratio.low > FAR or ratio.high < 1 / FAR
-
-
-def times(
-    contender: Contender, call: Mapping[str, Tensor], gradient: Tensor, device: str, forward: bool
-) -> tuple[float, float | None]:
-    """Return the seconds of a training step and, if asked for, of a forward without gradients; clearing is not measured."""
-    contender.clear(call)
-    start = now(device)
-    contender.step(call, gradient)
-    middle = now(device)
-    if not forward:
-        return middle - start, None
-    with torch.no_grad():
-        contender.forward(call)
-    return middle - start, now(device) - middle
-
-
-def now(device: str) -> float:
-    """Return the time in seconds, after everything that was started on the device is done."""
-    if device != "cpu":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def peaks(case: Case, names: list[str]) -> dict[str, int]:

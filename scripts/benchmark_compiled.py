@@ -15,17 +15,18 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from benchmark import times
 from benchmark_models import WORKLOADS, Contender
 from benchmark_results import Case
-from benchmarking import ALGORITHMS, MIB, Ratio, machine, markdown_table, order, prepare_process, write_section
+from benchmarking import ALGORITHMS, MIB, Ratio, machine, markdown_table, now, order, prepare_process, write_section
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from torch import Tensor
 
 MARKERS = ("<!-- compiled: begin -->", "<!-- compiled: end -->")
 TITLE = "## Compiled"
@@ -91,12 +92,11 @@ def measure(case: Case, rounds: int) -> Row:
     started = {}
     for name, contender in found.items():
         start = time.perf_counter()
-        times(contender, call, gradient, case.device, forward=True)
+        times(contender, call, gradient, case.device)
         started[name] = time.perf_counter() - start
     for index in range(rounds):
         for name in order(list(found), index):
-            step, forward = times(found[name], call, gradient, case.device, forward=True)
-            assert forward is not None
+            step, forward = times(found[name], call, gradient, case.device)
             steps[name].append(step)
             forwards[name].append(forward)
     saved = {name: contender.saved_bytes(call) for name, contender in found.items()}
@@ -108,6 +108,17 @@ def measure(case: Case, rounds: int) -> Row:
         {name: saved[name] - saved["base"] for name in found if name != "base"},
         started["ours" + COMPILED],
     )
+
+
+def times(contender: Contender, call: Mapping[str, Tensor], gradient: Tensor, device: str) -> tuple[float, float]:
+    """Return the seconds of a training step and of a forward without gradients; clearing is not measured."""
+    contender.clear(call)
+    start = now(device)
+    contender.step(call, gradient)
+    middle = now(device)
+    with torch.no_grad():
+        contender.forward(call)
+    return middle - start, now(device) - middle
 
 
 def made(case: Case, name: str) -> Contender | None:

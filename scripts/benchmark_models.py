@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
+from pathlib import Path
 
 import lycoris
 import peft
@@ -13,6 +14,7 @@ import torch
 from benchmarking import Algorithm, fill_factors, saved_bytes
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from torch import Tensor, nn
 
@@ -22,6 +24,7 @@ LYCORIS = {"LoraConfig": "LoConModule", "LoKrConfig": "LokrModule", "LoHaConfig"
 TRANSFORMER = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
 CONV = ("proj_in", "proj_out", "conv1", "conv2")
 FLUX = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+BLOCKS = (BasicTransformerBlock, ResnetBlock2D, FluxTransformerBlock, FluxSingleTransformerBlock)
 FLUX_MLP = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out")
 
 
@@ -42,11 +45,15 @@ class Workload:
     through: str
     targets: Mapping[str, tuple[str, ...]]
 
-    def model(self, dtype: torch.dtype, device: str) -> nn.Module:
-        """Return the model, frozen, with small random weights."""
+    def model(self, dtype: torch.dtype, device: str, weights: Path | None = None) -> nn.Module:
+        """Return the model, frozen, with small random weights, or with those of a file, which processes share on a CPU."""
         with torch.device("meta"):
             model = self.make()
         model = model.to(dtype).to_empty(device=device)
+        if weights:
+            state = torch.load(weights, map_location=device, mmap=True, weights_only=True)
+            model.load_state_dict(state, assign=True)
+            return model.requires_grad_(False)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if parameter.ndim > 1:
@@ -105,6 +112,17 @@ def _tokens(image: int, text: int, width: int, context: int, temb: bool = False)
     return values | ({"temb": torch.randn(1, width)} if temb else {})
 
 
+def _tiny() -> nn.Module:
+    return UNet2DConditionModel(
+        block_out_channels=(64, 64),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=768,
+        attention_head_dim=8,
+        layers_per_block=1,
+    )
+
+
 _UNET = {"attention": TRANSFORMER, "conv": (*TRANSFORMER, *CONV)}
 WORKLOADS = {
     "sd15-32": Workload(_sd15, partial(_latents, 32), "sample", _UNET),
@@ -114,6 +132,7 @@ WORKLOADS = {
     "flux-stack": Workload(
         _flux, partial(_tokens, 1024, 512, 3072, 3072, True), "hidden_states", {"attention": FLUX, "all": (*FLUX, *FLUX_MLP)}
     ),
+    "tiny": Workload(_tiny, partial(_latents, 8), "sample", _UNET),  # to try the scripts
 }
 
 # --------------------------------------------------------------------------------------------------------- contenders
@@ -196,15 +215,21 @@ CONTENDERS: dict[str, Callable[[nn.Module, Algorithm, tuple[str, ...]], Contende
 
 
 @cache
-def base_model(workload: str, dtype: torch.dtype, device: str) -> nn.Module:
+def base_model(workload: str, dtype: torch.dtype, device: str, weights: Path | None = None) -> nn.Module:
     """Return the model of a workload; the same one at every call."""
     torch.manual_seed(0)
-    return WORKLOADS[workload].model(dtype, device)
+    return WORKLOADS[workload].model(dtype, device, weights)
 
 
 def make(
-    contender: str, workload: str, algorithm: Algorithm, targets: str, dtype: torch.dtype, device: str
+    contender: str,
+    workload: str,
+    algorithm: Algorithm,
+    targets: str,
+    dtype: torch.dtype,
+    device: str,
+    weights: Path | None = None,
 ) -> Contender | None:
     """Return a contender over a workload's shared weights, or None if it does not have this algorithm there."""
-    model = shared(base_model(workload, dtype, device))
+    model = shared(base_model(workload, dtype, device, weights))
     return CONTENDERS[contender](model, algorithm, WORKLOADS[workload].targets[targets])

@@ -49,9 +49,10 @@ class Case:
         """The model, and the dtype where it is not the usual one."""
         return self.model if self.dtype == "float32" else f"{self.model} {self.dtype}"
 
-    def contender(self, name: str) -> Contender | None:
+    def contender(self, name: str, weights: Path | None = None) -> Contender | None:
         """Return one contender over the case's shared weights, or None if it has no such algorithm there."""
-        return make(name, self.model, ALGORITHMS[self.algorithm], self.targets, getattr(torch, self.dtype), self.device)
+        dtype = getattr(torch, self.dtype)
+        return make(name, self.model, ALGORITHMS[self.algorithm], self.targets, dtype, self.device, weights)
 
     def call(self) -> dict[str, Tensor]:
         """Return the input of a step."""

@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import re
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -137,6 +138,28 @@ class Ratio:
         low, high = np.percentile(np.median(ratios[picked], axis=1), (2.5, 97.5))
         return cls(float(np.median(ratios)), float(low), float(high), len(ratios))
 
+    @classmethod
+    def of_turns(cls, values: Sequence[Sequence[float]], base: Sequence[Sequence[float]]) -> Ratio:
+        """Return the ratio of steps to those of the base in the same rounds, the first ones, measured in turns.
+
+        Args:
+            values: seconds of every turn, in the order of the step, of every round.
+            base: the same of the base, of as many rounds or more.
+
+        What a turn costs beyond the base's is the median over the rounds, so that a burst of the machine counts for the turn
+        that it hit and not for its round; the ratio is of the sums of these medians.
+        """
+        paired = np.asarray(base[: len(values)])
+        beyond = np.asarray(values) - paired
+        picked = np.random.default_rng(0).integers(0, len(paired), (1000, len(paired)))
+
+        def ratio(rounds: Any) -> Any:
+            extra, whole = (np.median(times[rounds], axis=-2).sum(-1) for times in (beyond, paired))
+            return 1 + extra / whole
+
+        low, high = np.percentile(ratio(picked), (2.5, 97.5))
+        return cls(float(ratio(np.arange(len(paired)))), float(low), float(high), len(paired))
+
     @property
     def conclusive(self) -> bool:
         """Whether the interval is narrow enough to be judged."""
@@ -152,6 +175,13 @@ def order(names: Sequence[str], index: int) -> list[str]:
     turn = index % len(names)
     rotated = [*names[turn:], *names[:turn]]
     return rotated[:: -1 if index % 2 else 1]
+
+
+def now(device: str) -> float:
+    """Return the time in seconds, after everything that was started on the device is done."""
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def machine(device: str = "cpu") -> dict[str, str]:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 pytest.importorskip("lycoris")
@@ -20,29 +19,12 @@ pytest.importorskip("peft")
 
 @pytest.fixture
 def scripts(monkeypatch):
-    """The scripts as modules, with one more workload."""
+    """The scripts as modules."""
     monkeypatch.syspath_prepend(str(SCRIPTS))
     import benchmark
     import benchmark_compiled
-    import benchmark_models
     import benchmark_operations
 
-    def unet():
-        return UNet2DConditionModel(
-            block_out_channels=(64, 64),
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=64,
-            attention_head_dim=8,
-            layers_per_block=1,
-        )
-
-    def inputs():
-        text = torch.randn(1, 5, 64)
-        return {"sample": torch.randn(1, 4, 8, 8), "timestep": torch.tensor([500]), "encoder_hidden_states": text}
-
-    tiny = benchmark_models.Workload(unet, inputs, "sample", benchmark_models.WORKLOADS["sd15-32"].targets)
-    monkeypatch.setitem(benchmark_models.WORKLOADS, "tiny", tiny)
     threads = torch.get_num_threads()
     # silence and the allocator's settings would stay for other tests
     for module in (benchmark, benchmark_compiled, benchmark_operations):
@@ -62,15 +44,54 @@ QUICK = [("lokr", "conv"), ("shira", "attention")]
 REST = [(name, targets) for name in PEERS for targets in ("attention", "conv") if (name, targets) not in QUICK]
 
 
+@pytest.fixture(scope="module")
+def crew():
+    """A process of every contender; the scripts are found there because this process finds them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(SCRIPTS))
+        from benchmark_turns import Crew
+
+        with Crew(["base", "ours", "PEFT", "LyCORIS", "LyCORIS bypass"], 1) as members:
+            yield members
+
+
 @pytest.mark.parametrize(("algorithm", "targets"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in REST)])
-def test_contenders_are_equally_large(scripts, algorithm, targets):
+def test_contenders_are_equally_large(scripts, crew, algorithm, targets):
     """`measure` refuses what is not; every library that has an algorithm there takes part."""
-    names = ["ours", "PEFT", "LyCORIS", "LyCORIS bypass"]
-    row = scripts["models"].measure(case(scripts, targets, algorithm), names, 1, 1)
+    row = scripts["models"].measure(case(scripts, targets, algorithm), crew, 1, 1)
     assert row.parameters["ours"] > 0
     everywhere = scripts["models"].ALGORITHMS[algorithm].conv or targets == "attention"
     assert len(row.step) == PEERS[algorithm] - (not everywhere)
     assert row.step.keys() == row.forward.keys() == row.saved.keys() == row.parameters.keys()
+
+
+def test_turns(scripts, crew):
+    """Everybody passes after every block, forward and backward; alone, a step is one turn."""
+    names = list(crew.prepare(case(scripts, "attention", "lora")))
+    blocks = 12  # of the tiny UNet: eight residual ones, four of a transformer
+    steps, forwards = crew.step(names), crew.forward(names[::-1])
+    assert {len(turns) for turns in steps.values()} == {2 * blocks + 1}
+    assert {len(turns) for turns in forwards.values()} == {blocks + 1}
+    assert all(second > 0 for turns in steps.values() for second in turns)
+    assert len(crew.step(["ours"])["ours"]) == 1
+
+
+def test_ratio_of_turns(scripts):
+    """A burst counts for the turn that it hit."""
+    ratio = sys.modules["benchmarking"].Ratio
+    base = [[1.0, 2.0] for _ in range(9)]
+    steps = [[1.1, 2.5] for _ in range(8)]
+    steps[2][0] = steps[5][1] = 50.0
+    found = ratio.of_turns(steps, base)
+    assert found.rounds == 8 and found.median == found.low == pytest.approx(3.6 / 3)
+    assert not ratio.of_turns([[1.1], [2.0], [1.1]], base).conclusive
+
+
+def test_what_fails_in_a_process_is_told(scripts, crew):
+    """By everybody's answer being read, so that the next question gets its own."""
+    with pytest.raises(RuntimeError, match="base: KeyError: 'nothing'"):
+        crew.prepare(case(scripts, "attention", "nothing"))
+    assert len(crew.prepare(case(scripts, "attention", "miss"))) == 3
 
 
 def test_contenders_compute_the_same_base(scripts):
@@ -87,12 +108,12 @@ def test_contenders_compute_the_same_base(scripts):
             torch.testing.assert_close(contender.forward(call), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_far_peers_are_measured_less(scripts, monkeypatch):
+def test_far_peers_are_measured_less(scripts, crew, monkeypatch):
     models = scripts["models"]
-    assert models.far([2.0] * 5, [1.0] * 5) and models.far([1.0] * 5, [2.0] * 5)
-    assert not models.far([1.2] * 5, [1.0] * 5) and not models.far([1.1, 9, 9, 1.1, 1.1], [1.0] * 5)
+    assert models.far([[2.0]] * 5, [[1.0]] * 5) and models.far([[1.0]] * 5, [[2.0]] * 5)
+    assert not models.far([[1.2]] * 5, [[1.0]] * 5) and not models.far([[1.1], [9], [9], [1.1], [1.1]], [[1.0]] * 5)
     monkeypatch.setattr(models, "far", lambda values, ours: values is not ours)
-    row = models.measure(case(scripts, "attention", "lora"), ["ours", "PEFT"], 7, 7)
+    row = models.measure(case(scripts, "attention", "lora"), crew, 7, 7)
     assert row.step["PEFT"].rounds == models.FIRST < row.step["ours"].rounds == row.rounds == 7
 
 
@@ -140,9 +161,8 @@ def test_report(scripts, tmp_path, capsys, monkeypatch):
 
 
 def test_peak_memory(scripts):
-    """Two steps in a process of its own; here in this one, because the tiny model is not known to another."""
-    peak = partial(scripts["models"].peak_bytes, case(scripts, "attention", "lora"))
-    assert peak("ours") > 0
+    """Two steps, in a process of its own."""
+    assert scripts["models"].peak_in_child(case(scripts, "attention", "lora"), "ours") > 2**26
 
 
 def test_operations(scripts, tmp_path):
