@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .adapters.base import ADAPTERS
 from .adapters.config import AdapterConfig
+from .adapters.registry import ADAPTERS
 from .errors import AdapterError, CheckpointError
 from .injection import (
     attach,

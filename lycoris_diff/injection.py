@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapters.base import Adapter, Site, adapter_class
+from .adapters.base import Adapter, Site
 from .adapters.config import AdapterConfig
+from .adapters.registry import adapter_class
 from .biases import BiasSet, bias_mode
 from .errors import AdapterError, ConfigError
 from .execution.geometry import is_plain_weight

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapters.base import ADAPTERS, Adapter
+from .adapters.base import Adapter
 from .adapters.combined import Combined, CombinedConfig
 from .adapters.config import AdapterConfig
 from .adapters.lora import LoraConfig
+from .adapters.registry import ADAPTERS
 from .errors import AdapterError, CheckpointError, ConfigError, nearest
 from .execution.geometry import is_plain_weight
 from .injection import adapted_layers, layer_config, parameter_dtype, saved_copies, state_of

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .adapters.base import ADAPTERS, Adapter
+from .adapters.base import Adapter
 from .adapters.config import AdapterConfig
+from .adapters.registry import ADAPTERS
 from .errors import TargetError, nearest
 from .execution.geometry import Geometry, is_transformers_conv1d
 from .layers.layer import AdaptedLayer

@@ -2,11 +2,12 @@
 """Time and memory of whole models with adapters, against the frozen base model, PEFT and LyCORIS.
 
 For every model, set of targets and algorithm all contenders run over the same base weights: in each round everyone takes one
-training step (forward, backward with the gradient to the input, AdamW) and one forward under `no_grad`; on a CPU all at once,
-in turns of a block of the model (`benchmark_turns.py`), in an order that rotates and is reversed in every other round.
-Reported are medians of the ratios to the frozen base of the same round with 95 % bootstrap intervals; one wider than +-3 % is
-marked "?". Ours is measured until it is not, at most in `--most-rounds`, peers in `--rounds`. A peer whose step is more than a
-quarter away from ours after five rounds is measured no longer. Peak memory is that of a process of its own (`--memory`).
+training step (forward, backward with the gradient to the input, AdamW), and afterwards one forward of inference, with nothing
+to be trained; on a CPU all at once, in turns of a block of the model (`benchmark_turns.py`), in an order that rotates and is
+reversed in every other round. Reported are ratios to the frozen base in the same rounds (`Ratio.of_turns`) with 95 % bootstrap
+intervals; one wider than +-3 % is marked "?". Ours is measured until it is not, at most in `--most-rounds`, peers in
+`--rounds`. A peer whose step is more than a quarter away from ours after five rounds is measured no longer; forwards of peers
+are measured in five. Peak memory is that of a process of its own (`--memory`).
 
     python scripts/benchmark.py --models sd15-32 --targets attention --memory
     python scripts/benchmark.py --device cuda --dtypes float32 bfloat16
@@ -35,7 +36,6 @@ from rich.console import Console
 from rich.progress import Progress
 
 WARMUP = 2
-FORWARDS = 15  # rounds with a forward pass of its own
 FAR = 1.25
 
 
@@ -85,26 +85,27 @@ def measure(case: Case, crew: Crew, rounds: int, most_rounds: int) -> Row:
     if len({sizes[name] for name in others}) > 1:
         raise RuntimeError(f"{case}: the contenders are not equally large: {sizes}")
     steps: dict[str, list[list[float]]] = {name: [] for name in names}
-    forwards: dict[str, list[list[float]]] = {name: [] for name in names}
-    running = names
+    near = names
     for index in range(WARMUP + most_rounds):
-        turn = order(running, index)
-        step = crew.step(turn)
-        forward = crew.forward(turn) if index < WARMUP + FORWARDS else {}
+        found = crew.step(order(near, index))
         if index < WARMUP:
             continue
-        for measured, found in ((steps, step), (forwards, forward)):
-            for name, turns in found.items():
-                measured[name].append(turns)
+        for name, turns in found.items():
+            steps[name].append(turns)
         done = index + 1 - WARMUP
         if done == FIRST and "ours" in names:
-            running = [name for name in running if name == "base" or not far(steps[name], steps["ours"])]
+            near = [name for name in near if name == "base" or not far(steps[name], steps["ours"])]
         if done >= rounds:
-            judged = "ours" if "ours" in running else others[0]
-            running = ["base", judged]
+            judged = "ours" if "ours" in near else others[0]
+            near = ["base", judged]
             if Ratio.of_turns(steps[judged], steps["base"]).conclusive:
                 break
     saved = crew.saved_bytes(names)
+    crew.freeze(names)
+    forwards: dict[str, list[list[float]]] = {name: [] for name in names}
+    for index in range(WARMUP + rounds):
+        for name, turns in crew.forward(order(names if index < WARMUP + FIRST else near, index)).items():
+            forwards[name] += [turns] if index >= WARMUP else []
     return Row(
         case,
         len(steps["base"]),

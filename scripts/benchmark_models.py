@@ -164,6 +164,10 @@ class Contender:
         for tensor in (*call.values(), *self.trainable):
             tensor.grad = None
 
+    def freeze(self) -> None:
+        """Turn from training to inference, for good."""
+        self.owners.eval().requires_grad_(False)
+
     def saved_bytes(self, call: Mapping[str, Tensor]) -> int:
         """Return the bytes kept for backward."""
         return saved_bytes(self.owners, lambda: self.forward(call))

@@ -70,7 +70,7 @@ class Row:
         parameters: trained ones.
         base_seconds: of the frozen base's step, median.
         step: of the training step to the base's.
-        forward: of the forward to the base's.
+        forward: of a forward of inference to the base's, nobody training.
         saved: bytes kept for backward beyond the base's.
         peak: bytes of the process' (or the device's) highest memory beyond the base's; empty if not measured.
     """
@@ -215,9 +215,10 @@ def markdown(series: list[Series]) -> str:
     """Return the section of the document: how to read the tables; every machine and its table."""
     return "\n".join(
         [
-            "`x`: time relative to the frozen base model, median (95 % interval) of the ratios within a round; `?`: the",
-            "interval is wider than 3 % on a side, inconclusive. A step is forward, backward and AdamW. Saved MiB are kept for",
-            "backward, peak MiB is the highest memory of a process of its own, both beyond the base model's.",
+            "`x`: time relative to the frozen base model in the same rounds (95 % interval); `?`: the interval is wider",
+            "than 3 % on a side, inconclusive. A step is forward, backward and AdamW; a forward is one of inference, with",
+            "nothing to be trained. Saved MiB are kept for backward, peak MiB is the highest memory of a process of its own,",
+            "both beyond the base model's.",
             f"A peer more than a quarter slower or faster than we are after {FIRST} rounds was measured in these only.",
             *(line for one in series if one.rows for line in ("", *lines(one))),
         ]

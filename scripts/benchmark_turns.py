@@ -72,8 +72,12 @@ class Crew:
         return self._together("step", order)
 
     def forward(self, order: Sequence[str]) -> dict[str, list[float]]:
-        """Have these do a forward without gradients at once. Return the seconds of each of their turns."""
+        """Have these do a forward of inference at once. Return the seconds of each of their turns."""
         return self._together("forward", order)
+
+    def freeze(self, names: Sequence[str]) -> None:
+        """Turn these from training to inference, for good."""
+        self._ask(names, "freeze")
 
     def saved_bytes(self, names: Sequence[str]) -> dict[str, int]:
         """Return the bytes that each of these keeps for backward."""
@@ -163,10 +167,15 @@ class Member:
 
     @torch.no_grad()
     def forward(self, order: list[str]) -> list[float]:
-        """Do a forward in turns. Return their seconds."""
+        """Do a forward of inference in turns. Return their seconds."""
         assert self._contender is not None
         contender = self._contender
         return self._turns.take(lambda: contender.forward(self._call), order, self._case.device)
+
+    def freeze(self) -> None:
+        """From training to inference."""
+        assert self._contender is not None
+        self._contender.freeze()
 
     def saved_bytes(self) -> int:
         """Return the bytes kept for backward."""

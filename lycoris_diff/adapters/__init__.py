@@ -1,6 +1,6 @@
 """Adapters: one file an algorithm, each with its config, its factors and its registration."""
 
-from .base import ADAPTERS, Adapter, Site, adapter_class, register
+from .base import Adapter, Site
 from .boft import BOFT, BOFTConfig
 from .combined import Combined, CombinedConfig
 from .config import AdapterConfig, AlphaConfig, ScaledConfig
@@ -13,6 +13,7 @@ from .lora import Lora, LoraConfig
 from .miss import Miss, MissConfig
 from .norm import Norm, NormConfig
 from .oft import OFT, DiagOFT, DiagOFTConfig, OFTConfig
+from .registry import ADAPTERS, adapter_class, register
 from .shira import Shira, ShiraConfig
 from .tlora import TLora, TLoraConfig
 

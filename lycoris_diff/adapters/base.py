@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
-from ..errors import AdapterError, CheckpointError, ConfigError
+from ..errors import AdapterError, CheckpointError
 from ..execution.around import Around, Host
 from ..execution.engine import cast
 from ..execution.geometry import Geometry, geometry_of
@@ -394,38 +394,6 @@ def expect_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, t
             )
         if tuple(found[name]) != tuple(expected[name]):
             raise CheckpointError(f"tensor {name!r} has shape {tuple(found[name])}, expected {tuple(expected[name])}")
-
-
-# --- registry ----------------------------------------------------------------------------------------------------------
-ADAPTERS: dict[str, type[Adapter]] = {}
-
-
-def register(cls: type[Adapter]) -> type[Adapter]:
-    """Class decorator: make an algorithm known under its config's ``peft_name``.
-
-    Raises:
-        ConfigError: another algorithm has the name.
-    """
-    name = cls.config_class.peft_name
-    if not name:
-        raise ConfigError(f"{cls.config_class.__name__} has no peft_name")
-    if ADAPTERS.get(name, cls) is not cls:
-        raise ConfigError(f"{name!r} is already registered by {ADAPTERS[name].__name__}")
-    ADAPTERS[name] = cls
-    return cls
-
-
-def adapter_class(config: AdapterConfig) -> type[Adapter]:
-    """Algorithm of a config.
-
-    Raises:
-        ConfigError: it is no config of a registered algorithm.
-    """
-    for cls in ADAPTERS.values():
-        if type(config) is cls.config_class:
-            return cls
-    known = ", ".join(sorted(c.config_class.__name__ for c in ADAPTERS.values()))
-    raise ConfigError(f"{type(config).__name__} is not a config of a registered algorithm; expected one of {known}")
 
 
 Initialiser = Callable[[Tensor], Any]

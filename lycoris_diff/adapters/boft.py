@@ -10,8 +10,8 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..execution.geometry import Geometry
 from ..functional import oft
-from .base import register
 from .oft import DiagOFT, DiagOFTConfig, rescale_shape
+from .registry import register
 
 
 @dataclass(init=False)

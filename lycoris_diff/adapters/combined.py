@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from ..execution.geometry import Geometry, geometry_of
 from ..execution.norms import norm_geometry_of
 from ..execution.steps import Factors
-from .base import Adapter, Site, register
+from .base import Adapter, Site
 from .config import AdapterConfig
+from .registry import register
 
 
 @dataclass(init=False)

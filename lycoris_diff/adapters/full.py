@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from ..errors import CheckpointError, ConfigError
 from ..execution.geometry import Geometry
 from ..execution.steps import Factors
-from .base import Adapter, Site, expect_shapes, fill, register
+from .base import Adapter, Site, expect_shapes, fill
 from .config import AdapterConfig
+from .registry import register
 
 
 @dataclass(init=False)

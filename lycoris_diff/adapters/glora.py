@@ -14,8 +14,9 @@ from ..execution.around import Around, Host, channels
 from ..execution.geometry import Geometry
 from ..execution.steps import Factors
 from ..functional import glora, lora
-from .base import Adapter, Site, expect_shapes, fill, register
+from .base import Adapter, Site, expect_shapes, fill
 from .config import AlphaConfig
+from .registry import register
 
 
 @dataclass(init=False)

@@ -14,8 +14,9 @@ from ..execution.around import Around, Host
 from ..execution.engine import channel_view
 from ..execution.geometry import Geometry
 from ..execution.steps import Factors
-from .base import Adapter, Site, fill, register
+from .base import Adapter, Site, fill
 from .config import AdapterConfig
+from .registry import register
 
 
 @dataclass(init=False)

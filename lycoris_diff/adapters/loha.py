@@ -15,8 +15,9 @@ from ..execution.geometry import Geometry
 from ..execution.program import Program
 from ..execution.steps import Conv, Factors, Pointwise
 from ..functional import loha
-from .base import Adapter, Initialiser, Site, fill, magnitude_shape, register
+from .base import Adapter, Initialiser, Site, fill, magnitude_shape
 from .config import ScaledConfig
+from .registry import register
 
 
 @dataclass(init=False)

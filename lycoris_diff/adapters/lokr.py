@@ -16,9 +16,10 @@ from ..execution.geometry import Geometry, mix
 from ..execution.program import Program
 from ..execution.steps import Conv, Factor, Factors, Mix, Pointwise, Step, window
 from ..functional import lokr, lora
-from .base import Adapter, Initialiser, Site, fill, magnitude_shape, register
+from .base import Adapter, Initialiser, Site, fill, magnitude_shape
 from .config import ScaledConfig
 from .loha import core_shape, lycoris_gap, squeeze_core
+from .registry import register
 
 
 @dataclass(init=False)

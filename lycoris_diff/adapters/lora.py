@@ -14,8 +14,9 @@ from ..execution.geometry import Geometry
 from ..execution.program import Program
 from ..execution.steps import Conv, Factor, Factors, Pointwise
 from ..functional import lora
-from .base import Adapter, Site, fill, magnitude_shape, register
+from .base import Adapter, Site, fill, magnitude_shape
 from .config import ScaledConfig
+from .registry import register
 
 _A, _M, _B = "lora_A.weight", "lora_mid.weight", "lora_B.weight"
 

@@ -14,8 +14,9 @@ from ..execution.geometry import Geometry
 from ..execution.program import Program
 from ..execution.steps import Conv, Factor, Factors, Pointwise, Shards, Step, Tile
 from ..functional import miss
-from .base import Adapter, Site, fill, register
+from .base import Adapter, Site, fill
 from .config import AdapterConfig
+from .registry import register
 
 
 @dataclass(init=False)

@@ -13,8 +13,9 @@ from ..errors import CheckpointError
 from ..execution.geometry import Geometry
 from ..execution.norms import NormGeometry, norm_geometry_of
 from ..execution.steps import Factors
-from .base import Adapter, Site, expect_shapes, fill, register
+from .base import Adapter, Site, expect_shapes, fill
 from .config import AdapterConfig
+from .registry import register
 
 
 @dataclass(init=False)

@@ -18,8 +18,9 @@ from ..execution.geometry import Geometry
 from ..execution.steps import Factors
 from ..functional import oft
 from ..functional.lokr import factorization
-from .base import Adapter, Site, fill, register
+from .base import Adapter, Site, fill
 from .config import AdapterConfig
+from .registry import register
 
 
 @dataclass(init=False)

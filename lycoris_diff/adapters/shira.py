@@ -18,8 +18,9 @@ from ..execution.program import Program
 from ..execution.sparse import Pattern, Sparse
 from ..execution.steps import Factor, Factors
 from ..functional import shira
-from .base import Adapter, Site, expect_shapes, register
+from .base import Adapter, Site, expect_shapes
 from .config import AdapterConfig
+from .registry import register
 
 MaskFunction = Callable[..., Tensor]
 

@@ -17,8 +17,9 @@ from ..errors import CheckpointError, ConfigError
 from ..execution.geometry import Geometry
 from ..execution.steps import Factors
 from ..functional import tlora
-from .base import Adapter, Site, register
+from .base import Adapter, Site
 from .config import AlphaConfig
+from .registry import register
 
 #: factors count as begun from the weight when they lie in its singular vectors so many times more than by chance
 _CHANCE = 4

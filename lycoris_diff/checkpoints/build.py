@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters.base import ADAPTERS, Adapter
+from ..adapters.base import Adapter
 from ..adapters.combined import Combined, CombinedConfig
 from ..adapters.config import AdapterConfig
+from ..adapters.registry import ADAPTERS
 from ..errors import AdapterError, CheckpointError
 from ..execution.engine import cast
 from ..execution.geometry import Geometry

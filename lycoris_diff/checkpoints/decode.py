@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ..adapters.base import ADAPTERS
 from ..adapters.config import AdapterConfig
+from ..adapters.registry import ADAPTERS
 from ..errors import CheckpointError
 from .alpha import SCALED, Claim, Notes, Strength, TrainingArgs, compare, resolve, scalar
 from .checkpoint import Entry

@@ -12,9 +12,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..adapters.base import ADAPTERS, Adapter
+from ..adapters.base import Adapter
 from ..adapters.combined import CombinedConfig
 from ..adapters.config import AdapterConfig
+from ..adapters.registry import ADAPTERS
 from ..errors import AdapterError, CheckpointError, ConfigError
 from ..execution.geometry import Geometry
 from ..functional import oft

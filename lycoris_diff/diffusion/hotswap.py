@@ -9,8 +9,9 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from ..adapters.base import ADAPTERS, Adapter
+from ..adapters.base import Adapter
 from ..adapters.config import AdapterConfig
+from ..adapters.registry import ADAPTERS
 from ..adapters.slot import Slot, alike, blank, larger
 from ..errors import AdapterError, ConfigError, nearest
 from ..injection import attach, build_adapter, check_new_name, set_active, state_of

@@ -7,8 +7,8 @@ from dataclasses import fields
 from functools import cache
 from typing import Any, get_type_hints
 
-from ..adapters.base import ADAPTERS
 from ..adapters.config import AdapterConfig
+from ..adapters.registry import ADAPTERS
 from ..errors import ConfigError, nearest
 from .given import Given, Tree, opened, read, refuse
 

@@ -10,7 +10,7 @@ from dataclasses import MISSING, Field, fields
 from functools import cache
 from typing import Any, NamedTuple
 
-from ..adapters.base import ADAPTERS
+from ..adapters.registry import ADAPTERS
 from .adapter_settings import ALGORITHMS, kinds_of
 from .config import DreamBoothConfig
 from .settings import OWN_KINDS, TINY

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapters.base import Adapter, adapter_class
+from ..adapters.base import Adapter
 from ..adapters.config import AdapterConfig, AlphaConfig
 from ..adapters.lokr import LoKr, LoKrConfig
 from ..adapters.oft import OFTConfig
+from ..adapters.registry import adapter_class
 from ..diffusion.components import inner_model
 from ..errors import ConfigError
 from ..execution.geometry import Geometry
