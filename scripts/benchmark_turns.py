@@ -20,12 +20,11 @@ from multiprocessing.synchronize import Semaphore
 from pathlib import Path
 from types import TracebackType
 from typing import Any
-from unittest import mock
 
 import torch
 from benchmark_models import BLOCKS, Contender, base_model
 from benchmark_results import Case
-from benchmarking import now, prepare_process
+from benchmarking import give_memory_back, now, prepare_process
 from torch import Tensor, nn
 
 PATIENCE = 600  # seconds to wait for a turn or an answer before something must be wrong
@@ -46,7 +45,10 @@ class Crew:
         self._names, self._threads = names, threads
         self._gates: dict[str, Semaphore] = {}
         self._pipes: dict[str, Connection] = {}
-        self._weights = tempfile.TemporaryDirectory(prefix="benchmark-")
+        shared = (
+            "/dev/shm" if os.path.isdir("/dev/shm") else None
+        )  # in memory: cached pages of a disk may have to be read again
+        self._weights = tempfile.TemporaryDirectory(prefix="benchmark-", dir=shared)
 
     def __enter__(self) -> Crew:
         return self
@@ -62,8 +64,7 @@ class Crew:
             self._start()
         path = Path(self._weights.name) / f"{case.model}-{case.dtype}.pt"
         if not path.exists():
-            torch.save(base_model(case.model, getattr(torch, case.dtype), "cpu").state_dict(), path)
-            base_model.cache_clear()
+            self._ask(self._names[:1], "write", case, path)
         sizes = self._ask(list(self._pipes), "prepare", case, path)
         return {name: size for name, size in sizes.items() if size is not None}
 
@@ -84,13 +85,13 @@ class Crew:
         return self._ask(names, "saved_bytes")
 
     def _start(self) -> None:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # the processes inherit it; OpenMP reads it when they load it
         spawn = multiprocessing.get_context("spawn")
         self._gates = {name: spawn.Semaphore(0) for name in self._names}
         for name in self._names:
             self._pipes[name], theirs = spawn.Pipe()
             process = spawn.Process(target=serve, args=(name, theirs, self._gates, self._threads), daemon=True)
-            with mock.patch.dict(os.environ, GOMP_SPINCOUNT=SPINS):  # OpenMP reads it when the process loads it
-                process.start()
+            process.start()
             theirs.close()  # so that the end of a process ends our waiting for its answer
 
     def _together(self, method: str, order: Sequence[str]) -> dict[str, list[float]]:
@@ -145,9 +146,15 @@ class Member:
         self._call: dict[str, Tensor]
         self._gradient: Tensor
 
+    def write(self, case: Case, weights: Path) -> None:
+        """Write the base model's weights for everybody."""
+        torch.save(base_model(case.model, getattr(torch, case.dtype), "cpu").state_dict(), weights)
+        base_model.cache_clear()
+
     def prepare(self, case: Case, weights: Path) -> int | None:
         """Make the contender of a case. Return its trained parameters, or None if there is no such contender."""
-        self._contender = None  # memory first
+        self._contender = None
+        give_memory_back()
         contender = case.contender(self._name, weights)
         if contender is None:
             return None

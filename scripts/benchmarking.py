@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 import os
 import platform
@@ -88,6 +89,14 @@ def prepare_process(threads: int, keep_memory: bool = True) -> None:
 
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # of mallopt(3)
+
+
+def give_memory_back() -> None:
+    """Give what was freed back to the system, between measurements: several processes share its memory."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 def fill_factors(owners: nn.Module) -> list[nn.Parameter]:
