@@ -15,7 +15,8 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Semaphore
 from pathlib import Path
 from types import TracebackType
@@ -45,6 +46,7 @@ class Crew:
         self._names, self._threads = names, threads
         self._gates: dict[str, Semaphore] = {}
         self._pipes: dict[str, Connection] = {}
+        self._processes: list[BaseProcess] = []
         shared = (
             "/dev/shm" if os.path.isdir("/dev/shm") else None
         )  # in memory: cached pages of a disk may have to be read again
@@ -54,8 +56,9 @@ class Crew:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for pipe in self._pipes.values():
-            pipe.close()
+        for process in self._processes:
+            process.terminate()  # some may be waiting for a turn that nobody passes on any more
+            process.join()
         self._weights.cleanup()
 
     def prepare(self, case: Case) -> dict[str, int]:
@@ -92,6 +95,7 @@ class Crew:
             self._pipes[name], theirs = spawn.Pipe()
             process = spawn.Process(target=serve, args=(name, theirs, self._gates, self._threads), daemon=True)
             process.start()
+            self._processes.append(process)
             theirs.close()  # so that the end of a process ends our waiting for its answer
 
     def _together(self, method: str, order: Sequence[str]) -> dict[str, list[float]]:
@@ -99,21 +103,25 @@ class Crew:
         return self._ask(order, method, list(order))
 
     def _ask(self, names: Sequence[str], method: str, *arguments: Any) -> dict[str, Any]:
-        for name in names:
-            self._pipes[name].send((method, *arguments))
-        answers = {name: self._answer(name) for name in names}
+        waiting = {self._pipes[name]: name for name in names}
+        answers: dict[str, tuple[Any, str | None]] = {}
+        try:
+            for pipe in waiting:
+                name = waiting[pipe]
+                pipe.send((method, *arguments))
+            while waiting:
+                ready = wait(list(waiting), PATIENCE)
+                if not ready:
+                    raise RuntimeError(f"no answer of {', '.join(waiting.values())} for {PATIENCE} s; is the machine busy?")
+                for pipe in ready:
+                    name = waiting.pop(pipe)  # type: ignore[arg-type]
+                    answers[name] = pipe.recv()  # type: ignore[union-attr]
+        except (EOFError, OSError) as gone:
+            raise RuntimeError(f"the process of {name} ended; is there memory enough for all of {', '.join(names)}?") from gone
         for name, (_, error) in answers.items():  # after all have answered, so that no answer is left for the next question
             if error:
                 raise RuntimeError(f"{name}: {error}")
-        return {name: answer for name, (answer, _) in answers.items()}
-
-    def _answer(self, name: str) -> tuple[Any, str | None]:
-        try:
-            if self._pipes[name].poll(PATIENCE):
-                return self._pipes[name].recv()
-            raise RuntimeError(f"{name} gave no answer for {PATIENCE} s; is there enough memory for every contender?")
-        except EOFError as gone:
-            raise RuntimeError(f"the process of {name} ended; is there enough memory for every contender?") from gone
+        return {name: answers[name][0] for name in names}
 
 
 # -------------------------------------------------------------------------------------------------------- in a process

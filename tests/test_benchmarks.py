@@ -6,6 +6,7 @@ import json
 import platform
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -89,9 +90,20 @@ def test_ratio_of_turns(scripts):
 
 def test_what_fails_in_a_process_is_told(scripts, crew):
     """By everybody's answer being read, so that the next question gets its own."""
-    with pytest.raises(RuntimeError, match="base: KeyError: 'nothing'"):
+    with pytest.raises(RuntimeError, match="KeyError: 'nothing'"):
         crew.prepare(case(scripts, "attention", "nothing"))
     assert len(crew.prepare(case(scripts, "attention", "miss"))) == 3
+
+
+def test_the_end_of_a_process_is_told_at_once(scripts):
+    """Also where others wait for its turn."""
+    with sys.modules["benchmark_turns"].Crew(["base", "ours"], 1) as two:
+        two.prepare(case(scripts, "attention", "lora"))
+        two._processes[1].kill()
+        start = time.perf_counter()
+        with pytest.raises(RuntimeError, match="the process of ours ended; is there memory enough for all of base, ours"):
+            two.step(["base", "ours"])
+    assert time.perf_counter() - start < 60
 
 
 def test_contenders_compute_the_same_base(scripts):
