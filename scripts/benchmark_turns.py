@@ -110,12 +110,12 @@ class Crew:
                 name = waiting[pipe]
                 pipe.send((method, *arguments))
             while waiting:
-                ready = wait(list(waiting), PATIENCE)
+                ready: list[Any] = wait(list(waiting), PATIENCE)
                 if not ready:
                     raise RuntimeError(f"no answer of {', '.join(waiting.values())} for {PATIENCE} s; is the machine busy?")
                 for pipe in ready:
-                    name = waiting.pop(pipe)  # type: ignore[arg-type]
-                    answers[name] = pipe.recv()  # type: ignore[union-attr]
+                    name = waiting.pop(pipe)
+                    answers[name] = pipe.recv()
         except (EOFError, OSError) as gone:
             raise RuntimeError(f"the process of {name} ended; is there memory enough for all of {', '.join(names)}?") from gone
         for name, (_, error) in answers.items():  # after all have answered, so that no answer is left for the next question
