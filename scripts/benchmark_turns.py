@@ -47,10 +47,9 @@ class Crew:
         self._gates: dict[str, Semaphore] = {}
         self._pipes: dict[str, Connection] = {}
         self._processes: list[BaseProcess] = []
-        shared = (
-            "/dev/shm" if os.path.isdir("/dev/shm") else None
-        )  # in memory: cached pages of a disk may have to be read again
-        self._weights = tempfile.TemporaryDirectory(prefix="benchmark-", dir=shared)
+        # in memory where there is such a place: cached pages of a disk may have to be read again
+        memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
+        self._weights = tempfile.TemporaryDirectory(prefix="benchmark-", dir=memory)
 
     def __enter__(self) -> Crew:
         return self
@@ -68,7 +67,7 @@ class Crew:
         path = Path(self._weights.name) / f"{case.model}-{case.dtype}.pt"
         if not path.exists():
             self._ask(self._names[:1], "write", case, path)
-        sizes = self._ask(list(self._pipes), "prepare", case, path)
+        sizes = self._ask(self._names, "prepare", case, path)
         return {name: size for name, size in sizes.items() if size is not None}
 
     def step(self, order: Sequence[str]) -> dict[str, list[float]]:
@@ -150,9 +149,14 @@ class Member:
         self._name = name
         self._turns = Turns(name, gates)
         self._case: Case
-        self._contender: Contender | None = None
+        self._made: Contender | None = None
         self._call: dict[str, Tensor]
         self._gradient: Tensor
+
+    @property
+    def _contender(self) -> Contender:
+        assert self._made is not None  # nobody is asked who could not be prepared
+        return self._made
 
     def write(self, case: Case, weights: Path) -> None:
         """Write the base model's weights for everybody."""
@@ -161,12 +165,12 @@ class Member:
 
     def prepare(self, case: Case, weights: Path) -> int | None:
         """Make the contender of a case. Return its trained parameters, or None if there is no such contender."""
-        self._contender = None
+        self._made = None
         give_memory_back()
         contender = case.contender(self._name, weights)
         if contender is None:
             return None
-        self._case, self._contender, self._call = case, contender, case.call()
+        self._case, self._made, self._call = case, contender, case.call()
         with torch.no_grad():
             self._gradient = torch.randn_like(contender.forward(self._call))
         if case.device == "cpu":  # an accelerator has a speed of its own; to stop it within a step would measure the stops
@@ -175,7 +179,6 @@ class Member:
 
     def step(self, order: list[str]) -> list[float]:
         """Take a training step in turns. Return their seconds."""
-        assert self._contender is not None
         contender = self._contender
         contender.clear(self._call)
         return self._turns.take(lambda: contender.step(self._call, self._gradient), order, self._case.device)
@@ -183,18 +186,15 @@ class Member:
     @torch.no_grad()
     def forward(self, order: list[str]) -> list[float]:
         """Do a forward of inference in turns. Return their seconds."""
-        assert self._contender is not None
         contender = self._contender
         return self._turns.take(lambda: contender.forward(self._call), order, self._case.device)
 
     def freeze(self) -> None:
         """From training to inference."""
-        assert self._contender is not None
         self._contender.freeze()
 
     def saved_bytes(self) -> int:
         """Return the bytes kept for backward."""
-        assert self._contender is not None
         return self._contender.saved_bytes(self._call)
 
 

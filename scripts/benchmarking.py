@@ -81,7 +81,7 @@ def prepare_process(threads: int, keep_memory: bool = True) -> None:
     torch.set_num_threads(threads)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if keep_memory and os.name == "posix" else None
+    mallopt = _from_libc("mallopt") if keep_memory else None
     if mallopt is not None:
         for option, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1), (_TOP_PAD, 256 * MIB)):
             if not mallopt(option, value):
@@ -94,9 +94,14 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # of mallopt(3)
 def give_memory_back() -> None:
     """Give what was freed back to the system, between measurements: several processes share its memory."""
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    trim = _from_libc("malloc_trim")
     if trim is not None:
         trim(0)
+
+
+def _from_libc(name: str) -> Any:
+    """Return a function of the C library, or None where it has none of that name."""
+    return getattr(ctypes.CDLL(None), name, None) if os.name == "posix" else None
 
 
 def fill_factors(owners: nn.Module) -> list[nn.Parameter]:
@@ -143,9 +148,7 @@ class Ratio:
     def of(cls, values: Sequence[float], base: Sequence[float]) -> Ratio:
         """Return the ratio of values to those of the base in the same rounds, the first ones."""
         ratios = np.asarray(values) / np.asarray(base[: len(values)])
-        picked = np.random.default_rng(0).integers(0, len(ratios), (2000, len(ratios)))
-        low, high = np.percentile(np.median(ratios[picked], axis=1), (2.5, 97.5))
-        return cls(float(np.median(ratios)), float(low), float(high), len(ratios))
+        return cls._bootstrapped(lambda rounds: np.median(ratios[rounds], axis=-1), len(ratios))
 
     @classmethod
     def of_turns(cls, values: Sequence[Sequence[float]], base: Sequence[Sequence[float]]) -> Ratio:
@@ -160,14 +163,19 @@ class Ratio:
         """
         paired = np.asarray(base[: len(values)])
         beyond = np.asarray(values) - paired
-        picked = np.random.default_rng(0).integers(0, len(paired), (1000, len(paired)))
 
         def ratio(rounds: Any) -> Any:
             extra, whole = (np.median(times[rounds], axis=-2).sum(-1) for times in (beyond, paired))
             return 1 + extra / whole
 
+        return cls._bootstrapped(ratio, len(paired))
+
+    @classmethod
+    def _bootstrapped(cls, ratio: Callable[[Any], Any], rounds: int) -> Ratio:
+        """Return a ratio of all rounds, from a function of the indices of rounds along the last axis."""
+        picked = np.random.default_rng(0).integers(0, rounds, (2000, rounds))
         low, high = np.percentile(ratio(picked), (2.5, 97.5))
-        return cls(float(ratio(np.arange(len(paired)))), float(low), float(high), len(paired))
+        return cls(float(ratio(np.arange(rounds))), float(low), float(high), rounds)
 
     @property
     def conclusive(self) -> bool:
