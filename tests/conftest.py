@@ -40,3 +40,10 @@ def fused(monkeypatch):
     """Layers of any size run as one operation of ours where they can, as large ones do."""
     monkeypatch.setattr("lycoris_diff.layers.light.SMALL", 0)
     monkeypatch.setattr("lycoris_diff.layers.light.LITTLE", 0)
+
+
+@pytest.fixture
+def folded(fused, monkeypatch):
+    """Their factored forms run through the weight, forward and backward, as those of layers with many tokens do."""
+    monkeypatch.setattr("lycoris_diff.execution.costs.FEW", 0)
+    monkeypatch.setattr("lycoris_diff.execution.costs.FOLD", 0)

@@ -8,10 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 PASS = 16
 #: a transposed copy costs as much as eight plain passes
 TRANSPOSE = 8 * PASS
+#: how often the weight must go into the output, or the input, for its change to be added to it
+FOLD = 2
+#: numbers in a weight up to which calls cost more than passes over activations
+FEW = 2**15
 
 
 def around_is_cheaper(shape: tuple[int, ...], tokens: int, training: bool, cost: int) -> bool:
@@ -28,6 +33,31 @@ def around_is_cheaper(shape: tuple[int, ...], tokens: int, training: bool, cost:
     if training:
         return tokens * (4 * cost + 10 * PASS * wide) < 4 * build + tokens * size
     return tokens * (cost + 4 * PASS * wide) < build
+
+
+class Folded(NamedTuple):
+    """Which products of a factored form run through the weight instead: its change is added to that for one product.
+
+    Attributes:
+        forward: the output.
+        backward: the gradient of the input. Those of the factors never do.
+    """
+
+    forward: bool = False
+    backward: bool = False
+
+
+def folded(shape: tuple[int, ...], tokens: int) -> Folded:
+    """Pick the products for which passes over the weight cost less than passes over the output, or over the input.
+
+    Args:
+        shape: canonical weight ``(out, in, *k)``.
+        tokens: positions the weight is applied to.
+    """
+    size = prod(shape)
+    if size <= FEW:
+        return Folded()
+    return Folded(tokens * shape[0] >= FOLD * size, tokens * shape[1] >= FOLD * size)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .costs import Folded
 from .geometry import Geometry
 from .program import Program, add_gradients, sampled_gradients
 from .steps import Factors, Step
@@ -31,6 +32,7 @@ class Term(NamedTuple):
         program: the factored form; None runs the change of the weight instead.
         sampled: step that reads the weight's gradient at single entries; None needs all of it.
         scale: of the change where it is a number; None where a tensor of that name is passed.
+        folded: products of the program that run through the changed weight.
     """
 
     names: tuple[str, ...]
@@ -38,6 +40,7 @@ class Term(NamedTuple):
     program: Program | None = None
     sampled: Step | None = None
     scale: float | None = None
+    folded: Folded = Folded()
 
 
 @dataclass(slots=True)
@@ -49,6 +52,7 @@ class Call:
         terms: adapters' parts.
         dtype: in which the operation runs.
         is_dense: some term changes the weight.
+        folded: some program's output, or gradient of the input, comes from the changed weight.
         is_direct: no term does, and every program's gradients are known as formulas.
         names: of all tensors, in order.
     """
@@ -57,11 +61,13 @@ class Call:
     terms: tuple[Term, ...]
     dtype: torch.dtype
     is_dense: bool = field(init=False)
+    folded: Folded = field(init=False)
     is_direct: bool = field(init=False)
     names: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         self.is_dense = any([term.program is None for term in self.terms])
+        self.folded = Folded(*map(any, zip(*[term.folded for term in self.terms], strict=True)))
         self.is_direct = all([term.program is not None and term.program.direct for term in self.terms])
         self.names = tuple([name for term in self.terms for name in term.names])
 
@@ -76,16 +82,23 @@ class Call:
             start += len(term.names)
         return pairs
 
-    def weight(self, base: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-        """The weight that the host's operation runs with: changes summed in float32 or better, cast once."""
-        if not self.is_dense:
-            return base.to(self.dtype)
-        dense = [(term, f) for term, f in self.split(tensors) if term.program is None]
-        return changed_weight(base, dense).to(self.dtype)
+    def weight(self, base: Tensor, tensors: Sequence[Tensor], way: str | None = None) -> Tensor:
+        """The weight that the host's operation runs with: changes summed in float32 or better, cast once.
 
-    def beside(self, tensors: Sequence[Tensor]) -> list[tuple[Program, dict[str, Tensor]]]:
-        """Programs with their factors in the dtype of the operation."""
-        return [(t.program, cast(f, self.dtype)) for t, f in self.split(tensors) if t.program is not None]
+        Args:
+            base: canonical weight of the host.
+            tensors: factors of all terms, in order.
+            way: "forward" or "backward", with the changes that are folded then.
+        """
+        folds = way is not None and getattr(self.folded, way)
+        if not (self.is_dense or folds):
+            return base.to(self.dtype)
+        changes = [(t, f) for t, f in self.split(tensors) if t.program is None or (folds and getattr(t.folded, way))]  # type: ignore[arg-type]
+        return changed_weight(base, changes).to(self.dtype)
+
+    def beside(self, tensors: Sequence[Tensor]) -> list[tuple[Program, dict[str, Tensor], Folded]]:
+        """Programs with their factors in the dtype of the operation, and what of them is folded."""
+        return [(t.program, cast(f, self.dtype), t.folded) for t, f in self.split(tensors) if t.program is not None]
 
     def plain(self, x: Tensor, weight: Tensor, bias: Tensor | None, row: Tensor | None, *tensors: Tensor) -> Tensor:
         """The same result in plain differentiable operations."""
@@ -94,7 +107,7 @@ class Call:
         call = replace(self, terms=dense)
         host_bias = None if bias is None or row is not None else bias.to(self.dtype)
         y = geo.apply(x, call.weight(weight, tensors), host_bias)
-        for program, f in call.beside(tensors):
+        for program, f, _ in call.beside(tensors):
             y = y + program.run(geo, x, f)
         return y if row is None else scale_rows(y, row, bias)
 
@@ -154,19 +167,20 @@ def adapted(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, row: Ten
 KEPT = 0.25
 
 
-def _run(call: Call, x, weight, bias, row, tensors) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-    """Output, the unscaled output when rows are scaled, and the output of every program's first step.
+def _run(call: Call, x, weight, bias, row, tensors) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
+    """Output, the unscaled output when rows are scaled, and of every program the first step's output or, folded, None.
 
     The first steps come before the host's operation: they read the input while it is likely still in a cache.
     """
     geo = call.geometry
     beside = call.beside(tensors)
-    started = [program.start(geo, x, f) for program, f in beside]
+    started = [None if folded.forward else program.start(geo, x, f) for program, f, folded in beside]
     host_bias = None if bias is None or row is not None else bias.to(call.dtype)
-    y = geo.apply(x, call.weight(weight, tensors), host_bias)
+    y = geo.apply(x, call.weight(weight, tensors, "forward"), host_bias)
     y = y if y.is_contiguous() else y.contiguous()
-    for (program, f), z in zip(beside, started):
-        program.finish_(geo, y, z, f)
+    for (program, f, _), z in zip(beside, started):
+        if z is not None:
+            program.finish_(geo, y, z, f)
     return (y, None, started) if row is None else (scale_rows(y, row, bias), y, started)
 
 
@@ -177,7 +191,7 @@ class _Adapted(torch.autograd.Function):
     def forward(ctx, call: Call, x, weight, bias, row, *tensors):
         y, unscaled, started = _run(call, x, weight, bias, row, tensors)
         limit = (2 if call.geometry.kernel else 1) * KEPT * x.numel()
-        kept = [z if z is not x and z.numel() <= limit else None for z in started]
+        kept = [z if z is not None and z is not x and z.numel() <= limit else None for z in started]
         ctx.set_materialize_grads(False)
         ctx.call, ctx.factors = call, len(tensors)
         ctx.save_for_backward(x, weight, bias, row, unscaled, *tensors, *kept)
@@ -209,7 +223,7 @@ def _backward(call: Call, x, weight, tensors, kept, needs, grad):
     geo = call.geometry
     if call.is_direct and not any([n for t, n in zip(call.names, needs[4:]) if t == "scale"]):
         g_tensors, pushes = _direct_gradients(call, x, tensors, kept, needs, grad)
-        g_x, _ = geo.gradients(grad, x, weight.to(call.dtype), needs[0], False)
+        g_x = geo.gradients(grad, x, call.weight(weight, tensors, "backward"), True, False)[0] if needs[0] else None
     else:
         g_tensors, pushes, g_x = _gradients(call, x, weight, tensors, kept, needs, grad)
     if g_x is not None:
@@ -226,9 +240,10 @@ def _direct_gradients(call: Call, x, tensors, kept, needs, grad):
     for (term, own), z in zip(call.split(tensors), kept):
         wanted = [name for name, n in zip(term.names, needs[4 + len(found) :]) if n]
         f = cast(own, call.dtype)
-        by_name, gz = term.program.backward_direct(call.geometry, x, z, f, wanted, grad, needs[0])  # type: ignore[union-attr]
+        beside = needs[0] and not term.folded.backward
+        by_name, gz = term.program.backward_direct(call.geometry, x, z, f, wanted, grad, beside)  # type: ignore[union-attr]
         found += [by_name[name].to(own[name].dtype) if name in by_name else None for name in term.names]
-        pushes.append((term.program, f, gz))
+        pushes += [(term.program, f, gz)] if beside else []
     return found, pushes
 
 
@@ -241,13 +256,13 @@ def _gradients(call: Call, x, weight, tensors, kept, needs, grad):
     leaves = [t for t, n in zip(held, wanted) if n]
     total: list[Tensor | None] = [None] * len(leaves)
     pushes = []
-    running = [(term.program, own) for term, own in call.split(held) if term.program is not None]
-    for (program, own), z in zip(running, kept):
-        with torch.enable_grad():
-            f = cast(own, call.dtype)
-        grads, gz = program.backward(geo, x, z, f, leaves, grad, needs[0])
+    with torch.enable_grad():
+        running = call.beside(held)
+    for (program, f, folded), z in zip(running, kept):
+        beside = needs[0] and not folded.backward
+        grads, gz = program.backward(geo, x, z, f, leaves, grad, beside)
         total = add_gradients(total, grads)
-        pushes.append((program, f, gz))
+        pushes += [(program, f, gz)] if beside else []
     effective, whole = weight.to(call.dtype), False
     if call.is_dense:
         with torch.enable_grad():
@@ -256,7 +271,8 @@ def _gradients(call: Call, x, weight, tensors, kept, needs, grad):
         whole = effective.requires_grad and len(sampled) < sum(t.program is None for t in call.terms)
         for step, f in [] if whole or not leaves else sampled:
             total = add_gradients(total, sampled_gradients(step, geo, x, cast(f, call.dtype), leaves, grad))
-    g_x, g_w = geo.gradients(grad, x, effective.detach(), needs[0], whole)
+    through = call.weight(weight, tensors, "backward") if call.folded.backward and needs[0] else effective.detach()
+    g_x, g_w = geo.gradients(grad, x, through, needs[0], whole)
     if g_w is not None:
         total = add_gradients(total, torch.autograd.grad(effective, leaves, g_w, allow_unused=True))
     found = iter(total)

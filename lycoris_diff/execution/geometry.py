@@ -155,12 +155,12 @@ class Geometry:
         return y
 
     def accumulated(self, y: Tensor, h: Tensor, weight: Tensor, groups: int = 1) -> Tensor:
-        """``y + pointwise(h, weight, groups)`` in one differentiable operation; ``y`` is contiguous."""
+        """``y + pointwise(h, weight, groups)``, differentiable, in the memory of a contiguous ``y`` that nothing else needs."""
         b, q = weight.shape
         if not self.kernel:
-            return torch.addmm(y.view(-1, b), h.reshape(-1, q), weight.T).view(y.shape)
+            return given_up(y, -1, b).addmm_(h.reshape(-1, q), weight.T).view(y.shape)
         batch, size = y.shape[0] * groups, prod(y.shape[2:])
-        return plus_on_every(y.view(batch, b, size), weight, h.reshape(batch, q, size)).view(y.shape)
+        return plus_on_every(given_up(y, batch, b, size), weight, h.reshape(batch, q, size)).view(y.shape)
 
     def pointwise_weight_grad(self, x: Tensor, grad: Tensor, weight: Tensor, groups: int) -> Tensor:
         """Gradient of `pointwise` with respect to its weight ``(p, d)``."""
@@ -197,11 +197,22 @@ def on_every(matrix: Tensor, batch: Tensor) -> Tensor:
 
 
 def plus_on_every(total: Tensor, matrix: Tensor, batch: Tensor) -> Tensor:
-    """``total (b, p, n)`` and `on_every`, in one differentiable operation where that does not make larger gradients."""
+    """``total (b, p, n)`` and `on_every`, differentiable, in the memory of ``total``, which must be given up.
+
+    It is one operation where that does not make larger gradients.
+    """
     p, d = matrix.shape
     if copies_are_smaller(p, d, batch.shape[2]):
-        return total + on_every(matrix, batch)
-    return torch.baddbmm(total, matrix.expand(batch.shape[0], p, d), batch)
+        return total.add_(on_every(matrix, batch))
+    return total.baddbmm_(matrix.expand(batch.shape[0], p, d), batch)
+
+
+def given_up(t: Tensor, *shape: int) -> Tensor:
+    """A contiguous tensor in another shape, to be written to; ``t`` itself must not be used again.
+
+    To autograd it is no view, so that writing to it costs no copy of its gradient.
+    """
+    return torch.ops.aten._unsafe_view.default(t, shape)
 
 
 def copies_are_smaller(p: int, d: int, n: int) -> bool:

@@ -43,7 +43,7 @@ class Program:
         return self.last.apply(geo, self._between(geo, self.start(geo, x, f), f), _built(self.last, f))
 
     def plus(self, geo: Geometry, y: Tensor, x: Tensor, f: Factors) -> Tensor:
-        """``y`` and the adapter's output, in plain differentiable operations."""
+        """``y`` and the adapter's output, in plain differentiable operations, in the memory of ``y``, to be given up."""
         h, w = self._between(geo, self.start(geo, x, f), f), _built(self.last, f)
         return self.last.plus(geo, y, h, w) if y.is_contiguous() else y + self.last.apply(geo, h, w)
 

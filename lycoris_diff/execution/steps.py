@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..functional.miss import shard_sum
-from .geometry import Geometry, copies_are_smaller, mix, plus_on_every
+from .geometry import Geometry, copies_are_smaller, given_up, mix, plus_on_every
 
 #: tensors by name; under "scale" a number where it is known
 Factors = Mapping[str, Tensor]
@@ -78,8 +78,8 @@ class Step:
         raise NotImplementedError
 
     def plus(self, geo: Geometry, y: Tensor, x: Tensor, w: Any) -> Tensor:
-        """``y + apply(x)``, differentiable; ``y`` is contiguous."""
-        return y + self.apply(geo, x, w)
+        """``y + apply(x)``, differentiable, in the memory of ``y``, which is contiguous and nothing else needs."""
+        return y.add_(self.apply(geo, x, w))
 
     def add_(self, geo: Geometry, y: Tensor, x: Tensor, w: Any) -> None:
         """``y += apply(x)``."""
@@ -154,7 +154,7 @@ class Mix(Step):
 
     def plus(self, geo: Geometry, y: Tensor, x: Tensor, w: Any) -> Tensor:
         a, c, batch, size = _slices(x, w)
-        return plus_on_every(y.view(batch, a, size), w, x.reshape(batch, c, size)).view(y.shape)
+        return plus_on_every(given_up(y, batch, a, size), w, x.reshape(batch, c, size)).view(y.shape)
 
     def add_(self, geo: Geometry, y: Tensor, x: Tensor, w: Any) -> None:
         a, c, batch, size = _slices(x, w)

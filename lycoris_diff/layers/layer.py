@@ -90,9 +90,10 @@ class AdaptedLayer(SeparateLayer):
             changing = program is not None and adapter.depends_on_weight  # DoRA's rows follow its strength
             if changing or (found is not None and not adapter.keeps_program and (program is not None or sampled is not None)):
                 return None
+            term = Running(adapter, f, program, sampled).term(False, inner)
+            light = light and not any(term.folded)
             light = light and (little if program is None else small and keeps_little(self.geometry, tokens, program, f))
             parts.append((adapter, program, scale))
-            term = Running(adapter, f, program, sampled).term(False, x)
             if program is not None and program.direct:
                 term = term._replace(names=tuple(adapter.factors()), scale=scale)
             terms.append(term)

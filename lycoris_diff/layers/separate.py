@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from ..adapters.base import Adapter
 from ..errors import AdapterError
 from ..execution.around import Around, Host, apply_around, run_around
-from ..execution.costs import Choice, around_is_cheaper, choose
+from ..execution.costs import Choice, Folded, around_is_cheaper, choose, folded
 from ..execution.engine import Term, cast, changed_weight
 from ..execution.geometry import is_transformers_conv1d
-from ..execution.narrow import narrowed
+from ..execution.narrow import DEVICE, DTYPES, narrowed
 from ..execution.packed import describe, rearranged
 from ..execution.program import Program
 from ..execution.steps import Step
@@ -36,8 +36,14 @@ class Running(NamedTuple):
     def term(self, keep_program: bool, x: Tensor) -> Term:
         """This adapter's part in the fused operation; what depends on the weight changes it unless its rows are scaled."""
         program = self.program if keep_program or not self.adapter.depends_on_weight else None
-        program = None if program is None else narrowed(program, self.adapter.geometry, x)
-        return Term(tuple(self.f), self.adapter.add_change, program, self.sampled if program is None else None)
+        names, change = tuple(self.f), self.adapter.add_change
+        if program is None:
+            return Term(names, change, None, self.sampled)
+        geo = self.adapter.geometry
+        # sums without a weight (MiSS) cost less than folding; in a half precision it would lose what is small beside the weight
+        worth = program.first is not None and program.first.weight is not None and not self.adapter.depends_on_weight
+        folds = worth and x.device.type == DEVICE and x.dtype in DTYPES
+        return Term(names, change, narrowed(program, geo, x), folded=folded(geo.shape, geo.tokens(x)) if folds else Folded())
 
 
 Active = list[Running]
