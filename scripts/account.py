@@ -4,10 +4,11 @@
     python scripts/account.py --markdown docs/performance.md    # renew the table in the document
 
 Counted are, for every adapted layer, the ways that the cost model picks for it: a factored form runs once forward, once
-backward for its input and once for its factors; a changed weight is built twice and its gradient is one product of the
-weight's size. The frozen model's step is counted by torch's own counter. The floor is what the ratio of the times would be if
-every multiply-add took the same time and memory were free; traffic is what the adapter reads and writes of activations (or of
-weights, where it changes them), each pass counted once. Not counted: DoRA's norms of the weight, OFT's rotation of it.
+backward for its input and once for its factors (also where a product goes through the weight, which is less); a changed
+weight is built twice and its gradient is one product of the weight's size. The frozen model's step is counted by torch's own
+counter. The floor is what the ratio of the times would be if every multiply-add took the same time and memory were free;
+traffic is what the adapter reads and writes of activations (or of weights, where it changes them), each pass counted once.
+Not counted: DoRA's norms of the weight, OFT's rotation of it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import lycoris_diff
-from lycoris_diff.execution.costs import choose
+from lycoris_diff.execution.costs import Folded, choose, folded
 from lycoris_diff.injection import adapted_layers
 
 MARKERS = ("<!-- account: begin -->", "<!-- account: end -->")
@@ -76,7 +77,9 @@ def account(model: str, targets: str, algorithm: str) -> Account:
         if choice.mode == "beside" and cost is not None:
             beside += 1
             extra += 3 * count * cost
-            traffic += BYTES * count * (5 * geometry.inp + 4 * geometry.out + 6 * width)
+            folds = folded(geometry.shape, count) if program.foldable and not adapter.depends_on_weight else Folded()
+            reads, writes = 5 - folds.forward - 2 * folds.backward, 4 - 2 * folds.forward
+            traffic += BYTES * (count * (reads * geometry.inp + writes * geometry.out + 6 * width) + 2 * size * sum(folds))
         else:
             instead += 1
             extra += count * (sampled or 0) if choice.sampled else count * size

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..execution.around import Around, Host
-from ..execution.engine import channel_view
 from ..execution.geometry import Geometry
+from ..execution.rows import channel_view
 from ..execution.steps import Factors
 from .base import Adapter, Site, fill
 from .config import AdapterConfig

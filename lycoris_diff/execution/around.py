@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .engine import channel_view
 from .geometry import Geometry
+from .rows import channel_view
 
 Map = Callable[[Tensor], Tensor]
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from .costs import Folded
 from .geometry import Geometry
 from .program import Program, add_gradients, sampled_gradients
+from .rows import rows_backward, scale_rows, sum_rows
 from .steps import Factors, Step
 
 AddChange = Callable[[Tensor, Tensor, Factors], Tensor]
@@ -133,17 +134,6 @@ def changed_weight(base: Tensor, dense: Sequence[tuple[Any, Factors]]) -> Tensor
     return total
 
 
-def channel_view(t: Tensor, like: Tensor) -> Tensor:
-    """A vector over channels, shaped to broadcast over ``like`` with channels on axis 1."""
-    return t.to(like.dtype).view(1, -1, *[1] * (like.dim() - 2))
-
-
-def scale_rows(y: Tensor, row: Tensor, bias: Tensor | None) -> Tensor:
-    """``row * y + bias`` over channels."""
-    factor = channel_view(row, y)
-    return y * factor if bias is None else torch.addcmul(channel_view(bias, y), y, factor)
-
-
 def adapted(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, row: Tensor | None, tensors: list[Tensor]) -> Tensor:
     """Host operation with adapters, on canonical tensors.
 
@@ -207,13 +197,11 @@ class _Adapted(torch.autograd.Function):
         if torch.is_grad_enabled():
             return None, *_differentiable_backward(ctx.call, (x, weight, bias, row, *tensors), needs, grad)
         grad = grad.contiguous()
-        g_bias = g_row = None
-        if row is not None or needs[2]:
-            channels = [d for d in range(grad.dim()) if d != 1]
-            g_bias = grad.sum(channels).to(bias.dtype) if needs[2] else None
+        g_row = None
+        g_bias = sum_rows(grad).to(bias.dtype) if needs[2] else None
         if row is not None:
-            g_row = (grad * unscaled).sum(channels).to(row.dtype) if needs[3] else None
-            grad = grad * channel_view(row, grad)
+            g_row, grad = rows_backward(grad, unscaled, row)
+            g_row = g_row.to(row.dtype) if needs[3] else None
         g_x, g_tensors = _backward(ctx.call, x, weight, tensors, kept, needs, grad)
         return (None, g_x, None, g_bias, g_row, *g_tensors)
 

@@ -157,6 +157,8 @@ class Geometry:
     def accumulated(self, y: Tensor, h: Tensor, weight: Tensor, groups: int = 1) -> Tensor:
         """``y + pointwise(h, weight, groups)``, differentiable, in the memory of a contiguous ``y`` that nothing else needs."""
         b, q = weight.shape
+        if not self.kernel and groups == 1:
+            return y.addmm_(h, weight.T)
         if not self.kernel:
             return given_up(y, -1, b).addmm_(h.reshape(-1, q), weight.T).view(y.shape)
         batch, size = y.shape[0] * groups, prod(y.shape[2:])

@@ -61,6 +61,11 @@ class Program:
         return z if self.mid is None else self.mid(geo, z, f)
 
     @property
+    def foldable(self) -> bool:
+        """Whether its products may cost less through the changed weight. Sums of channels (MiSS) and sparse steps do not."""
+        return self.first is not None and self.first.weight is not None
+
+    @property
     def direct(self) -> bool:
         """Whether every weight is a `Factor` or missing, so that `backward_direct` applies."""
         steps = [step for step in (self.first, self.mid, self.last) if step is not None]

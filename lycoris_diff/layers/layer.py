@@ -34,14 +34,16 @@ class AdaptedLayer(SeparateLayer):
         names = self.active if self.enabled else ()
         if self.merged:
             names = tuple(n for n in names if n not in self.merged)
-        names = self._at_work(names)
+        compiling = torch.compiler.is_compiling()
+        names = names if compiling else self._at_work(names)
         if not names:
             return self.base_layer(x, *args, **kwargs)
-        if not torch.compiler.is_compiling() and self._fusable(names, x):
+        if not compiling and self._fusable(x):
             plan = self._plan(names, x)
             if plan is not None:
                 return self._planned(plan, x)
-            if not self._all_around(names, x):
+            apart = (self.training and any([masked(self.adapter(n)) for n in names])) or self._all_around(names, x)
+            if not apart:
                 if not torch.is_autocast_enabled(x.device.type):
                     return self._fused(names, x)
                 x = x.to(compute_dtype(x))
@@ -49,16 +51,14 @@ class AdaptedLayer(SeparateLayer):
                     return self._fused(names, x)
         return self._separate(names, x, *args, **kwargs)
 
-    def _fusable(self, names: Sequence[str], x: Tensor) -> bool:
-        """Whether base and adapters may run as one autograd operation of ours."""
+    def _fusable(self, x: Tensor) -> bool:
+        """Whether the base layer allows it to run as one autograd operation of ours with its adapters."""
         if torch._C._are_functorch_transforms_active() or not self._transparent():
             return False
         parameters = self._modules["base_layer"]._parameters  # type: ignore[union-attr]
         weight, bias = parameters.get("weight"), parameters.get("bias")
         plain = type(x) in _TENSORS and type(weight) in _TENSORS and (bias is None or type(bias) in _TENSORS)
         if not plain or (weight.requires_grad and torch.is_grad_enabled()) or x.device != weight.device or x.is_meta:  # type: ignore[union-attr]
-            return False
-        if self.training and any([masked(self.adapter(n)) for n in names]):
             return False
         return x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)  # type: ignore[union-attr]
 
@@ -71,7 +71,9 @@ class AdaptedLayer(SeparateLayer):
         if None in scales or (self.training and any([varied(adapter) for adapter in adapters])):
             return None
         key = names, x.shape, x.dtype, self.training, *scales
-        return self.plans.get_or_find(key, lambda: self._find(list(zip(adapters, scales)), x))  # type: ignore[arg-type]
+        if key in self.plans:
+            return self.plans[key]
+        return self.plans.keep(key, self._find(list(zip(adapters, scales)), x))  # type: ignore[arg-type]
 
     def _find(self, adapters: list[tuple[Adapter, float]], x: Tensor) -> Plan | None:
         inner, _ = self.geometry.enter(x)

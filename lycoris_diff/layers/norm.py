@@ -20,7 +20,7 @@ from .parts import bias_change, plus
 class AdaptedNorm(AdaptedLayer):
     """Runs the base layer's own forward with the changed weight and bias; everything else is an adapted layer's."""
 
-    def _fusable(self, names: Sequence[str], x: Tensor) -> bool:
+    def _fusable(self, x: Tensor) -> bool:
         return False
 
     def _choose(self, adapter: Adapter, f: dict[str, Tensor], x: Tensor, plain: bool) -> tuple[Choice, Program | None]:

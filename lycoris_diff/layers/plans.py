@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from typing import NamedTuple
 
 from ..execution.engine import Call
@@ -27,13 +27,12 @@ class Plan(NamedTuple):
 class Plans(dict[Hashable, Plan | None]):
     """Plans of a layer. Copies of the layer, and pickles, start without any."""
 
-    def get_or_find(self, key: Hashable, find: Callable[[], Plan | None]) -> Plan | None:
-        """The plan for a key, found where there is none yet."""
-        if key not in self:
-            if len(self) >= KINDS:
-                self.clear()
-            self[key] = find()
-        return self[key]
+    def keep(self, key: Hashable, plan: Plan | None) -> Plan | None:
+        """The plan, kept for a key; there are only so many."""
+        if len(self) >= KINDS:
+            self.clear()
+        self[key] = plan
+        return plan
 
     def __reduce__(self) -> tuple[type[Plans], tuple[()]]:
         return Plans, ()

@@ -40,9 +40,9 @@ class Running(NamedTuple):
         if program is None:
             return Term(names, change, None, self.sampled)
         geo = self.adapter.geometry
-        # sums without a weight (MiSS) cost less than folding; in a half precision it would lose what is small beside the weight
-        worth = program.first is not None and program.first.weight is not None and not self.adapter.depends_on_weight
-        folds = worth and x.device.type == DEVICE and x.dtype in DTYPES
+        # in a half precision the sum would lose what is small beside the weight
+        exact = x.device.type == DEVICE and x.dtype in DTYPES
+        folds = exact and program.foldable and not self.adapter.depends_on_weight
         return Term(names, change, narrowed(program, geo, x), folded=folded(geo.shape, geo.tokens(x)) if folds else Folded())
 
 
@@ -57,8 +57,6 @@ class SeparateLayer(MergeableLayer):
 
     def _at_work(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """Those that are run. A zero strength is not unless it trains: exactly the base, whatever the factors hold."""
-        if torch.compiler.is_compiling():
-            return names
         return tuple([n for n in names if not self.adapter(n).idle or _trains(self.adapter(n))])
 
     def _transparent(self) -> bool:
@@ -148,7 +146,8 @@ class SeparateLayer(MergeableLayer):
             raise AdapterError(f"{list(self.merged)} are merged into the weights of all samples; unmerge (unfuse) them first")
         y = self._host(x, *args, **kwargs)
         for names, rows in samples.rows(len(x), x.device):
-            at_work = self._at_work(tuple([n for n in names if n in self.adapters]))
+            at_work = tuple([n for n in names if n in self.adapters])
+            at_work = at_work if torch.compiler.is_compiling() else self._at_work(at_work)
             if at_work:
                 part = self._contribution(at_work, x.index_select(0, rows)).to(y.dtype)
                 y = y.index_add(0, rows, part.expand(len(rows), *y.shape[1:]))
@@ -232,14 +231,16 @@ class SeparateLayer(MergeableLayer):
 
 _choose = functools.lru_cache(maxsize=4096)(choose)
 _PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
+_MODULE = vars(torch.nn.modules.module)
 
 
 def has_hooks(layer: nn.Module) -> bool:
     """Whether a hook of the layer's own, or a global one, wants to see the layer called."""
-    own, shared = layer.__dict__, vars(torch.nn.modules.module)
-    return any([own[name] for name in _HOOKS]) or any([shared[name] for name in _GLOBAL_HOOKS])
+    own, shared = layer.__dict__, _MODULE
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        return True
+    hooks = shared["_global_forward_hooks"] or shared["_global_forward_pre_hooks"]
+    return bool(hooks or shared["_global_backward_hooks"] or shared["_global_backward_pre_hooks"])
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -268,9 +269,13 @@ def _output_dropout(adapter: Adapter) -> float:
     return getattr(adapter.config, "rank_dropout", 0.0)
 
 
+_CHANCES = ("lora_dropout", "miss_dropout", "rank_dropout", "module_dropout")
+
+
 def varied(adapter: Adapter) -> bool:
     """Whether chance decides, in training, what the adapter adds."""
-    return masked(adapter) or bool(module_dropout(adapter))
+    fields = vars(adapter.config)
+    return any([fields.get(name) for name in _CHANCES])
 
 
 def masked(adapter: Adapter) -> bool:
