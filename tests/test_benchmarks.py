@@ -151,7 +151,7 @@ assert on_heap(torch.ones(2**24)) and torch.get_num_threads() == 1
 def test_report(scripts, tmp_path, capsys, monkeypatch):
     files = {name: tmp_path / name for name in ("all.json", "page.md", "chart.png")}
     given = ["--models", "tiny", "--targets", "attention", "--rounds", "2", "--most-rounds", "2", "--threads", "1"]
-    given += ["--json", str(files["all.json"]), "--markdown", str(files["page.md"])]
+    given += ["--contenders", "ours", "PEFT", "--json", str(files["all.json"]), "--markdown", str(files["page.md"])]
     scripts["models"].main([*given, "--algos", "lora"])
     (first,) = json.loads(files["all.json"].read_text())
     measured = first["rows"]

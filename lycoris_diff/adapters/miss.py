@@ -110,8 +110,7 @@ class Miss(Adapter):
         cost = r * s * (geo.columns // geo.inp) + geo.inp
 
         # the weight of a layer from shards to block columns
-        shape = (s, r) if geo.is_pointwise else (s, r, *geo.kernel)
-        block = Factor("miss_block", scaled=True, swapped=True, shape=shape)
+        block = Factor("miss_block", scaled=True, swapped=True, shape=None if geo.is_pointwise else (s, r, *geo.kernel))
         wide: Step = Pointwise(block) if geo.is_pointwise else Conv(block)
         if s == geo.out:
             return Program(Shards(None, r), wide, cost=cost, width=r)

@@ -83,18 +83,18 @@ class Call:
             start += len(term.names)
         return pairs
 
-    def weight(self, base: Tensor, tensors: Sequence[Tensor], way: str | None = None) -> Tensor:
+    def weight(self, base: Tensor, tensors: Sequence[Tensor], way: str = "") -> Tensor:
         """The weight that the host's operation runs with: changes summed in float32 or better, cast once.
 
         Args:
             base: canonical weight of the host.
             tensors: factors of all terms, in order.
-            way: "forward" or "backward", with the changes that are folded then.
+            way: "forward" or "backward", with the changes that are folded then; empty, without.
         """
-        folds = way is not None and getattr(self.folded, way)
+        folds = way != "" and getattr(self.folded, way)
         if not (self.is_dense or folds):
             return base.to(self.dtype)
-        changes = [(t, f) for t, f in self.split(tensors) if t.program is None or (folds and getattr(t.folded, way))]  # type: ignore[arg-type]
+        changes = [(t, f) for t, f in self.split(tensors) if t.program is None or (folds and getattr(t.folded, way))]
         return changed_weight(base, changes).to(self.dtype)
 
     def beside(self, tensors: Sequence[Tensor]) -> list[tuple[Program, dict[str, Tensor], Folded]]:

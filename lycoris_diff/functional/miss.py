@@ -37,10 +37,11 @@ def bat(weight: Tensor, block: Tensor) -> Tensor:
 
 def shard_sum(x: Tensor, r: int) -> Tensor:
     """``y[b, j, ...] = sum over i = j mod r of x[b, i, ...]``: ``(b, n, ...) -> (b, r, ...)``, any n."""
-    whole = x.shape[1] - x.shape[1] % r
-    total = x[:, :whole].unflatten(1, (-1, r)).sum(1)
-    if whole < x.shape[1]:
-        tail = torch.zeros_like(total)
-        tail[:, : x.shape[1] - whole] = x[:, whole:]
-        total = total + tail
-    return total
+    batch, n, *space = x.shape
+    whole = n - n % r
+    if whole == n:
+        return x.reshape(batch, n // r, r, *space).sum(1)
+    total = x[:, :whole].reshape(batch, whole // r, r, *space).sum(1)
+    tail = torch.zeros_like(total)
+    tail[:, : n - whole] = x[:, whole:]
+    return total + tail
