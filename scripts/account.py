@@ -27,7 +27,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import lycoris_diff
-from lycoris_diff.execution.costs import Folded, choose, folded
+from lycoris_diff.execution.costs import choose
 from lycoris_diff.injection import adapted_layers
 
 MARKERS = ("<!-- account: begin -->", "<!-- account: end -->")
@@ -73,11 +73,12 @@ def account(model: str, targets: str, algorithm: str) -> Account:
         program = adapter.program(adapter.inputs())
         count, size = tokens[path], prod(geometry.shape)
         cost, width, sampled = (None, 0, None) if program is None else (program.cost, program.width, program.sampled_cost)
-        choice = choose(geometry.shape, count, True, cost, width, sampled_cost=sampled)
+        foldable = program is not None and program.foldable and not adapter.depends_on_weight
+        choice = choose(geometry.shape, count, True, cost, width, sampled_cost=sampled, foldable=foldable)
         if choice.mode == "beside" and cost is not None:
             beside += 1
             extra += 3 * count * cost
-            folds = folded(geometry.shape, count) if program.foldable and not adapter.depends_on_weight else Folded()
+            folds = choice.folded
             reads, writes = 5 - folds.forward - 2 * folds.backward, 4 - 2 * folds.forward
             traffic += BYTES * (count * (reads * geometry.inp + writes * geometry.out + 6 * width) + 2 * size * sum(folds))
         else:

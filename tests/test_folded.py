@@ -10,7 +10,7 @@ from test_around import results
 from torch import nn
 
 from lycoris_diff import LoKrConfig, LoraConfig
-from lycoris_diff.execution.costs import Folded, folded
+from lycoris_diff.execution.costs import Folded, choose, folded
 
 LAYERS = ["linear", "conv1d-zeros", "conv2d-zeros", "conv2d-all-at-once", "hf-conv1d"]
 FOLDING = ("lora", "lokr", "loha")
@@ -29,6 +29,15 @@ FOLDING = ("lora", "lokr", "loha")
 )
 def test_where(shape, tokens, expected):
     assert folded(shape, tokens) == expected
+
+
+def test_it_counts_in_the_choice():
+    """LoKr with a full w2: its products beside the layer cost more than the weight's gradient, unless some are folded."""
+    sizes = (320, 320), 1024, True, 15_360, 320
+    assert choose(*sizes).mode == "instead"
+    found = choose(*sizes, foldable=True)
+    assert (found.mode, found.folded) == ("beside", (True, True))
+    assert str(found) == "beside, forward and backward through the weight (beside 106.2M, instead 124.5M multiply-adds)"
 
 
 def calls(adapted):
@@ -61,10 +70,10 @@ def test_same_function(algorithm, layer, request):
 @pytest.mark.parametrize(("forward", "backward"), [(True, False), (False, True)])
 @pytest.mark.parametrize("algorithm", FOLDING)
 def test_one_of_the_two(algorithm, forward, backward, folded, monkeypatch):
+    monkeypatch.setattr("lycoris_diff.execution.costs.folded", lambda shape, tokens: Folded(forward, backward))
     model, adapted, x = ways(algorithm, "linear")
     expected = results(model, x)
     adapted.plans.clear()
-    monkeypatch.setattr("lycoris_diff.layers.separate.folded", lambda shape, tokens: Folded(forward, backward))
     torch.testing.assert_close(results(model, x), expected, rtol=1e-10, atol=1e-10)
     assert [call.folded for call in calls(adapted)] == [(forward, backward)]
 

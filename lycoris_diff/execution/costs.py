@@ -47,6 +47,9 @@ class Folded(NamedTuple):
     backward: bool = False
 
 
+NOWHERE = Folded()
+
+
 def folded(shape: tuple[int, ...], tokens: int) -> Folded:
     """Pick the products for which passes over the weight cost less than passes over the output, or over the input.
 
@@ -56,7 +59,7 @@ def folded(shape: tuple[int, ...], tokens: int) -> Folded:
     """
     size = prod(shape)
     if size <= FEW:
-        return Folded()
+        return NOWHERE
     return Folded(tokens * shape[0] >= FOLD * size, tokens * shape[1] >= FOLD * size)
 
 
@@ -69,16 +72,20 @@ class Choice:
         beside: cost of the factored form, in multiply-adds; None when there is none.
         instead: cost of the changed weight beyond the host's own operation, in multiply-adds.
         sampled: with "instead", read the weight's gradient at single entries rather than all of it.
+        folded: with "beside", which products run through the changed weight.
     """
 
     mode: str
     beside: int | None
     instead: int
     sampled: bool = False
+    folded: Folded = NOWHERE
 
     def __str__(self) -> str:
         beside = "none" if self.beside is None else f"{self.beside / 1e6:.1f}M"
-        return f"{self.mode} (beside {beside}, instead {self.instead / 1e6:.1f}M multiply-adds)"
+        ways = " and ".join(way for way, chosen in self.folded._asdict().items() if chosen)
+        mode = f"{self.mode}, {ways} through the weight" if ways else self.mode
+        return f"{mode} (beside {beside}, instead {self.instead / 1e6:.1f}M multiply-adds)"
 
 
 def choose(
@@ -89,6 +96,7 @@ def choose(
     program_width: int = 0,
     build_passes: int = 3,
     sampled_cost: int | None = None,
+    foldable: bool = False,
 ) -> Choice:
     """Pick the cheaper way.
 
@@ -100,12 +108,17 @@ def choose(
         program_width: channels of its largest intermediate result.
         build_passes: passes over a tensor of the weight's size while building it.
         sampled_cost: multiply-adds per token of the weight's gradient at the entries that matter; None when all matter.
+        foldable: products of the factored form may run through the changed weight.
     """
     size, out, inp = prod(shape), shape[0], shape[1]
+    folds = folded(shape, tokens) if foldable else NOWHERE
     # forward, and in training once more for the recomputation and twice for its derivatives
-    runs = 4 if training else 1
+    runs = (4 if training else 1) - folds.forward
     # forward: read the input, read and write the output; backward: twice the input, twice its gradient, twice the output's
-    passes = (5 * inp + 4 * out) if training else (inp + 2 * out)
+    passes = (1 - folds.forward) * (inp + 2 * out)
+    if training:
+        passes += (4 - 2 * folds.backward) * inp + 2 * out
+    built = folds.forward + (training and folds.backward)
     build = PASS * build_passes * size
     instead, sampled = 4 * build + tokens * size if training else build, False
     if training and sampled_cost is not None:
@@ -114,5 +127,7 @@ def choose(
         instead, sampled = min((instead, False), (at_entries, True))
     if program_cost is None:
         return Choice("instead", None, instead, sampled)
-    beside = tokens * (runs * program_cost + PASS * (passes + 2 * runs * program_width))
-    return Choice("beside", beside, instead) if beside <= instead else Choice("instead", beside, instead, sampled)
+    beside = tokens * (runs * program_cost + PASS * (passes + 2 * runs * program_width)) + 2 * PASS * built * size
+    if beside <= instead:
+        return Choice("beside", beside, instead, folded=folds)
+    return Choice("instead", beside, instead, sampled)

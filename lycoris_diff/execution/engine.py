@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .costs import Folded
+from .costs import NOWHERE, Folded
 from .geometry import Geometry
 from .program import Program, add_gradients, sampled_gradients
 from .rows import rows_backward, scale_rows, sum_rows
@@ -41,7 +41,7 @@ class Term(NamedTuple):
     program: Program | None = None
     sampled: Step | None = None
     scale: float | None = None
-    folded: Folded = Folded()
+    folded: Folded = NOWHERE
 
 
 @dataclass(slots=True)

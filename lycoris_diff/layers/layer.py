@@ -92,7 +92,7 @@ class AdaptedLayer(SeparateLayer):
             changing = program is not None and adapter.depends_on_weight  # DoRA's rows follow its strength
             if changing or (found is not None and not adapter.keeps_program and (program is not None or sampled is not None)):
                 return None
-            term = Running(adapter, f, program, sampled).term(False, inner)
+            term = Running(adapter, f, program, sampled, choice.folded).term(False, inner)
             light = light and not any(term.folded)
             light = light and (little if program is None else small and keeps_little(self.geometry, tokens, program, f))
             parts.append((adapter, program, scale))
@@ -150,7 +150,7 @@ class AdaptedLayer(SeparateLayer):
         """DoRA on the output axis, alone and at full strength, is a factor on every output row."""
         if len(active) != 1:
             return None
-        adapter, f, program, _ = active[0]
+        adapter, f, program, *_ = active[0]
         lone = adapter.decomposed and program is not None and adapter.get_strength() == 1.0
         if not lone or adapter.config.dora_axis != "out":  # type: ignore[attr-defined]
             return None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..adapters.base import Adapter
 from ..errors import AdapterError
 from ..execution.around import Around, Host, apply_around, run_around
-from ..execution.costs import Choice, Folded, around_is_cheaper, choose, folded
+from ..execution.costs import Choice, Folded, around_is_cheaper, choose
 from ..execution.engine import Term, cast, changed_weight
 from ..execution.geometry import is_transformers_conv1d
 from ..execution.narrow import DEVICE, DTYPES, narrowed
@@ -26,12 +26,13 @@ from .samples import Samples
 
 
 class Running(NamedTuple):
-    """An active adapter in one call: its factors, and how it runs."""
+    """An active adapter in one call: its factors, and how it runs in the fused operation."""
 
     adapter: Adapter
     f: dict[str, Tensor]
     program: Program | None
     sampled: Step | None
+    folded: Folded
 
     def term(self, keep_program: bool, x: Tensor) -> Term:
         """This adapter's part in the fused operation; what depends on the weight changes it unless its rows are scaled."""
@@ -39,11 +40,7 @@ class Running(NamedTuple):
         names, change = tuple(self.f), self.adapter.add_change
         if program is None:
             return Term(names, change, None, self.sampled)
-        geo = self.adapter.geometry
-        # in a half precision the sum would lose what is small beside the weight
-        exact = x.device.type == DEVICE and x.dtype in DTYPES
-        folds = exact and program.foldable and not self.adapter.depends_on_weight
-        return Term(names, change, narrowed(program, geo, x), folded=folded(geo.shape, geo.tokens(x)) if folds else Folded())
+        return Term(names, change, narrowed(program, self.adapter.geometry, x), folded=self.folded)
 
 
 Active = list[Running]
@@ -173,7 +170,9 @@ class SeparateLayer(MergeableLayer):
         if self.biased:
             shift = bias_change([member[:2] for member in running])
             running = [member for member in running if member.adapter.changes_weight]
-        return [(a, f, None if p is not None and (p.eager_only or a.depends_on_weight) else p) for a, f, p, _ in running], shift
+        return [
+            (a, f, None if p is not None and (p.eager_only or a.depends_on_weight) else p) for a, f, p, *_ in running
+        ], shift
 
     def _beside(self, adapter: Adapter, f: dict[str, Tensor], program: Program | None, x: Tensor) -> Tensor:
         """One adapter's own output, with its dropouts in training."""
@@ -201,7 +200,8 @@ class SeparateLayer(MergeableLayer):
                 raise AdapterError("an active adapter's factors are on the meta device; load a file into it first")
             choice, program = self._choose(adapter, f, x, plain_weight)
             runs = program if choice.mode == "beside" else None
-            active.append(Running(adapter, f, runs, program.last if program is not None and choice.sampled else None))
+            sampled = program.last if program is not None and choice.sampled else None
+            active.append(Running(adapter, f, runs, sampled, choice.folded))
         return active
 
     def _choose(self, adapter: Adapter, f: dict[str, Tensor], x: Tensor, plain: bool) -> tuple[Choice, Program | None]:
@@ -211,8 +211,13 @@ class SeparateLayer(MergeableLayer):
         training = torch.is_grad_enabled() and any([t.requires_grad for t in f.values()])
         cost, width = (None, 0) if program is None else (program.cost, program.width)
         sampled = None if program is None else program.sampled_cost
-        decide = choose if torch.compiler.is_compiling() else _choose  # compilers look through a cache, with a warning
-        return decide(self.geometry.shape, self.geometry.tokens(x), training, cost, width, sampled_cost=sampled), program
+        shape, tokens = self.geometry.shape, self.geometry.tokens(x)
+        if torch.compiler.is_compiling():  # compilers look through a cache, with a warning
+            return choose(shape, tokens, training, cost, width, sampled_cost=sampled), program
+        # in a half precision the sum would lose what is small beside the weight
+        exact = x.device.type == DEVICE and x.dtype in DTYPES
+        foldable = exact and program is not None and program.foldable and not adapter.depends_on_weight
+        return _choose(shape, tokens, training, cost, width, sampled_cost=sampled, foldable=foldable), program
 
     def _row_mask(self, adapter: Adapter, out: Tensor) -> Tensor:
         """Rank dropout: drop output rows of the adapter's part; never divides by zero."""
