@@ -69,10 +69,11 @@ def test_same_function(algorithm, layer, request):
 
 @pytest.mark.parametrize(("forward", "backward"), [(True, False), (False, True)])
 @pytest.mark.parametrize("algorithm", FOLDING)
-def test_one_of_the_two(algorithm, forward, backward, folded, monkeypatch):
-    monkeypatch.setattr("lycoris_diff.execution.costs.folded", lambda shape, tokens: Folded(forward, backward))
+def test_one_of_the_two(algorithm, forward, backward, request, monkeypatch):
     model, adapted, x = ways(algorithm, "linear")
     expected = results(model, x)
+    request.getfixturevalue("folded")
+    monkeypatch.setattr("lycoris_diff.execution.costs.folded", lambda shape, tokens: Folded(forward, backward))
     adapted.plans.clear()
     torch.testing.assert_close(results(model, x), expected, rtol=1e-10, atol=1e-10)
     assert [call.folded for call in calls(adapted)] == [(forward, backward)]

@@ -18,7 +18,7 @@ from torch import Tensor
 from .costs import NOWHERE, Folded
 from .geometry import Geometry
 from .program import Program, add_gradients, sampled_gradients
-from .rows import rows_backward, scale_rows, sum_rows
+from .rows import channel_view, rows_backward, scale_rows, sum_rows
 from .steps import Factors, Step
 
 AddChange = Callable[[Tensor, Tensor, Factors], Tensor]
@@ -199,9 +199,11 @@ class _Adapted(torch.autograd.Function):
         grad = grad.contiguous()
         g_row = None
         g_bias = sum_rows(grad).to(bias.dtype) if needs[2] else None
-        if row is not None:
+        if needs[3]:
             g_row, grad = rows_backward(grad, unscaled, row)
-            g_row = g_row.to(row.dtype) if needs[3] else None
+            g_row = g_row.to(row.dtype)
+        elif row is not None:
+            grad = grad * channel_view(row, grad)
         g_x, g_tensors = _backward(ctx.call, x, weight, tensors, kept, needs, grad)
         return (None, g_x, None, g_bias, g_row, *g_tensors)
 

@@ -39,9 +39,9 @@ def shard_sum(x: Tensor, r: int) -> Tensor:
     """``y[b, j, ...] = sum over i = j mod r of x[b, i, ...]``: ``(b, n, ...) -> (b, r, ...)``, any n."""
     batch, n, *space = x.shape
     whole = n - n % r
+    total = (x if whole == n else x[:, :whole]).reshape(batch, whole // r, r, *space).sum(1)
     if whole == n:
-        return x.reshape(batch, n // r, r, *space).sum(1)
-    total = x[:, :whole].reshape(batch, whole // r, r, *space).sum(1)
+        return total
     tail = torch.zeros_like(total)
     tail[:, : n - whole] = x[:, whole:]
     return total + tail

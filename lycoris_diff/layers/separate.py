@@ -170,9 +170,11 @@ class SeparateLayer(MergeableLayer):
         if self.biased:
             shift = bias_change([member[:2] for member in running])
             running = [member for member in running if member.adapter.changes_weight]
-        return [
-            (a, f, None if p is not None and (p.eager_only or a.depends_on_weight) else p) for a, f, p, *_ in running
-        ], shift
+        active = []
+        for adapter, f, program, *_ in running:
+            factored = program is not None and not (program.eager_only or adapter.depends_on_weight)
+            active.append((adapter, f, program if factored else None))
+        return active, shift
 
     def _beside(self, adapter: Adapter, f: dict[str, Tensor], program: Program | None, x: Tensor) -> Tensor:
         """One adapter's own output, with its dropouts in training."""
@@ -236,12 +238,14 @@ class SeparateLayer(MergeableLayer):
 
 _choose = functools.lru_cache(maxsize=4096)(choose)
 _PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_MODULE = vars(torch.nn.modules.module)
+_SHARED = vars(torch.nn.modules.module)
+#: fields of configs that hold a dropout's probability, by what is dropped
+_OF_INPUT, _OF_OUTPUT, _OF_MODULE = ("lora_dropout", "miss_dropout"), "rank_dropout", "module_dropout"
 
 
 def has_hooks(layer: nn.Module) -> bool:
     """Whether a hook of the layer's own, or a global one, wants to see the layer called."""
-    own, shared = layer.__dict__, _MODULE
+    own, shared = layer.__dict__, _SHARED
     if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
         return True
     hooks = shared["_global_forward_hooks"] or shared["_global_forward_pre_hooks"]
@@ -261,26 +265,23 @@ def _trains(adapter: Adapter) -> bool:
 
 def module_dropout(adapter: Adapter) -> float:
     """Probability of skipping the adapter for a call."""
-    return getattr(adapter.config, "module_dropout", 0.0)
+    return getattr(adapter.config, _OF_MODULE, 0.0)
 
 
 def _input_dropout(adapter: Adapter) -> float:
     """Probability of dropping entries of the adapter's input."""
-    return getattr(adapter.config, "lora_dropout", 0.0) or getattr(adapter.config, "miss_dropout", 0.0)
+    return next(filter(None, [getattr(adapter.config, name, 0.0) for name in _OF_INPUT]), 0.0)
 
 
 def _output_dropout(adapter: Adapter) -> float:
     """Probability of dropping rows of the adapter's output."""
-    return getattr(adapter.config, "rank_dropout", 0.0)
-
-
-_CHANCES = ("lora_dropout", "miss_dropout", "rank_dropout", "module_dropout")
+    return getattr(adapter.config, _OF_OUTPUT, 0.0)
 
 
 def varied(adapter: Adapter) -> bool:
     """Whether chance decides, in training, what the adapter adds."""
     fields = vars(adapter.config)
-    return any([fields.get(name) for name in _CHANCES])
+    return any([fields.get(name) for name in (*_OF_INPUT, _OF_OUTPUT, _OF_MODULE)])
 
 
 def masked(adapter: Adapter) -> bool:
