@@ -16,13 +16,9 @@ from torch import Tensor, nn
 
 from .adapters.config import AdapterConfig
 from .adapters.registry import ADAPTERS
+from .bookkeeping import check_new_name, set_active, state_of
 from .errors import AdapterError, CheckpointError
-from .injection import (
-    attach,
-    check_new_name,
-    set_active,
-    state_of,
-)
+from .injection import attach
 from .peft_format import compact_state_dict, config_from_dict, config_to_dict, get_peft_model_state_dict, read_adapters
 
 CONFIG_NAME = "adapter_config.json"

@@ -13,9 +13,10 @@ from torch import nn
 
 from .adapters.base import Adapter
 from .adapters.combined import Combined, CombinedConfig
+from .bookkeeping import AdapterState, adapted_layers, saved_copies, state_of
+from .building import layer_config
 from .errors import AdapterError
 from .execution.packed import describe
-from .injection import AdapterState, adapted_layers, layer_config, saved_copies, state_of
 from .layers.layer import AdaptedLayer
 from .layers.rounded import rounded
 from .targets import Target

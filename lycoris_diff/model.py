@@ -1,4 +1,4 @@
-"""AdapterModel: a model with adapters, with the methods PEFT users know. Bookkeeping is on the base model (`injection`)."""
+"""AdapterModel: a model with adapters, with the methods PEFT users know. Its memory is on the base model (`bookkeeping`)."""
 
 from __future__ import annotations
 
@@ -14,21 +14,9 @@ from torch import nn
 
 from .adapters.base import LARGEST_STRENGTH
 from .adapters.config import AdapterConfig
+from .bookkeeping import AdapterState, adapted_layers, check_new_name, saved_copies, set_active, state_of
 from .errors import AdapterError, ConfigError
-from .injection import (
-    AdapterState,
-    InjectReport,
-    adapted_layers,
-    attach,
-    check_new_name,
-    detach,
-    inject_adapter,
-    save_base_model,
-    saved_copies,
-    set_active,
-    state_of,
-    unwrap,
-)
+from .injection import InjectReport, attach, detach, inject_adapter, save_base_model, unwrap
 from .merging import Requantize, allow_rounding, mergeable_layers, report_losses, weighted_sum
 from .per_sample import samples_with
 from .wrapper import TransparentWrapper

@@ -14,9 +14,10 @@ from .adapters.combined import Combined, CombinedConfig
 from .adapters.config import AdapterConfig
 from .adapters.lora import LoraConfig
 from .adapters.registry import ADAPTERS
+from .bookkeeping import adapted_layers, saved_copies, state_of
+from .building import layer_config, parameter_dtype
 from .errors import AdapterError, CheckpointError, ConfigError, nearest
 from .execution.geometry import is_plain_weight
-from .injection import adapted_layers, layer_config, parameter_dtype, saved_copies, state_of
 from .layers.layer import AdaptedLayer
 from .layers.saved import SavedModule
 from .targets import PRESETS, Target, base_modules, names_module, selected_paths

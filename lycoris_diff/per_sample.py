@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from .bookkeeping import adapted_layers, saved_copies, state_of
 from .errors import AdapterError, nearest
-from .injection import adapted_layers, saved_copies, state_of
 from .layers.samples import Samples
 
 #: PEFT's name of the model without adapters

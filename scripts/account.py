@@ -27,8 +27,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import lycoris_diff
+from lycoris_diff.bookkeeping import adapted_layers
 from lycoris_diff.execution.costs import choose
-from lycoris_diff.injection import adapted_layers
 
 MARKERS = ("<!-- account: begin -->", "<!-- account: end -->")
 TITLE = "## Accounting"

@@ -18,6 +18,8 @@ ORDER = [
     {"adapters"},
     {"layers"},
     {"targets", "biases"},
+    {"bookkeeping"},
+    {"building"},
     {"injection"},
     {"peft_format", "merging", "per_sample"},
     {"files"},

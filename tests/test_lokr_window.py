@@ -10,9 +10,10 @@ from torch import nn
 from torch.func import functional_call
 
 from lycoris_diff import AdapterModel, LoKrConfig
+from lycoris_diff.bookkeeping import set_active
 from lycoris_diff.errors import CheckpointError, ConfigError
 from lycoris_diff.execution.geometry import geometry_of
-from lycoris_diff.injection import attach, inject_adapter, set_active
+from lycoris_diff.injection import attach, inject_adapter
 from lycoris_diff.peft_format import adapter_from_tensors
 from lycoris_diff.targets import Target
 

@@ -23,7 +23,7 @@ from lycoris_diff import (
     inject_adapter,
     set_adapters,
 )
-from lycoris_diff.injection import adapted_layers
+from lycoris_diff.bookkeeping import adapted_layers
 
 ENTRIES = ["a", None, ["a", "b"], "b", "__base__"]
 

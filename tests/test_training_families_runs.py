@@ -21,10 +21,10 @@ from torch import nn
 from trainingcases import ADAPTERS, assert_equal, draw
 
 from lycoris_diff import LoraConfig, load_adapter, save_adapter
+from lycoris_diff.bookkeeping import adapted_layers
 from lycoris_diff.cli.main import main
 from lycoris_diff.diffusion.components import models_of
 from lycoris_diff.files import save_adapter_directory
-from lycoris_diff.injection import adapted_layers
 from lycoris_diff.naming.bases import BASES, _empty_model
 from lycoris_diff.targets import find_targets
 from lycoris_diff.training import DreamBoothConfig, load_trained, plan_dreambooth, train_dreambooth

@@ -11,9 +11,9 @@ from typing import Any
 
 from ..adapters.combined import CombinedConfig
 from ..adapters.config import AdapterConfig
+from ..building import layer_config
 from ..errors import CheckpointError
 from ..files import read_json
-from ..injection import layer_config
 from ..naming import COMPONENTS
 from ..peft_format import config_from_dict
 from .alpha import Notes, json_object

@@ -16,10 +16,10 @@ from ..adapters.base import Adapter
 from ..adapters.combined import CombinedConfig
 from ..adapters.config import AdapterConfig
 from ..adapters.registry import ADAPTERS
+from ..building import layer_config
 from ..errors import AdapterError, CheckpointError, ConfigError
 from ..execution.geometry import Geometry
 from ..functional import oft
-from ..injection import layer_config
 from ..naming import NameIndex
 from ..peft_format import PREFIX, written_fields
 from .build import algorithm, config_of, geometry_from_shape

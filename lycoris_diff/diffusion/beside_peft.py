@@ -18,8 +18,9 @@ from typing import Any
 
 from torch import nn
 
+from ..bookkeeping import adapted_layers
 from ..errors import AdapterError
-from ..injection import adapted_layers, replace_modules
+from ..injection import replace_modules
 from ..layers.layer import AdaptedLayer
 from .components import adapter_names, models_of
 from .offload import regroup

@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 from torch import nn
 
 from ..adapters.config import AdapterConfig
+from ..bookkeeping import state_of
 from ..checkpoints.checkpoint import Checkpoint, Entry
 from ..errors import AdapterError, nearest
-from ..injection import state_of
 from ..layers.layer import AdaptedLayer
 
 #: components that adapter files exist for

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from ..bookkeeping import state_of
 from ..errors import AdapterError
-from ..injection import state_of, unwrap
+from ..injection import unwrap
 from ..layers.layer import AdaptedLayer
 from ..merging import Requantize, allow_rounding, mergeable_layers, report_losses
 from .beside_peft import MODEL_METHODS, PIPELINE_METHODS, unguard

@@ -13,8 +13,10 @@ from ..adapters.base import Adapter
 from ..adapters.config import AdapterConfig
 from ..adapters.registry import ADAPTERS
 from ..adapters.slot import Slot, alike, blank, larger
+from ..bookkeeping import check_new_name, set_active, state_of
+from ..building import build_adapter
 from ..errors import AdapterError, ConfigError, nearest
-from ..injection import attach, build_adapter, check_new_name, set_active, state_of
+from ..injection import attach
 from ..targets import Target, find_targets
 from .components import FileConfig, Loaded, chosen_models, layers_of, models_of, remember
 from .planning import Attachable, Plan, checked_tensors, display, make_plan

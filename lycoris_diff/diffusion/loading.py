@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..bookkeeping import check_new_name, state_of
 from ..errors import AdapterError, nearest
-from ..injection import attach, check_new_name, detach, state_of
+from ..injection import attach, detach
 from .beside_peft import MODEL_METHODS, PIPELINE_METHODS, guard, unguard
 from .components import FileConfig, Loaded, adapter_names, chosen_models, forget, known_adapter, layers_of, models_of, remember
 from .fusing import fused_adapters, remove_all, unfuse_adapters

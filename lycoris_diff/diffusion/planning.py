@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.base import Adapter
+from ..building import base_weight, check_packed
 from ..checkpoints.build import adapter_of
 from ..checkpoints.checkpoint import Checkpoint, Entry, RawCheckpoint
 from ..checkpoints.guess import closest_base, guess_base
@@ -22,7 +23,6 @@ from ..checkpoints.safety import computable, extreme
 from ..errors import AdapterError, CheckpointError
 from ..execution.geometry import geometry_of, is_plain_weight
 from ..execution.norms import norm_geometry_of
-from ..injection import base_weight, check_packed
 from ..naming import BASES, NameIndex, index_model, known_base
 from ..targets import Target
 from .components import chosen_models, models_of, places

@@ -13,11 +13,11 @@ from torch import nn
 from ..adapters.base import Adapter
 from ..adapters.combined import Combined
 from ..adapters.slot import options_of
+from ..bookkeeping import saved_copies, state_of
 from ..checkpoints.checkpoint import Checkpoint, Entry
 from ..checkpoints.rewrite import with_strength_one
 from ..checkpoints.write import WriteReport, write_checkpoint
 from ..errors import AdapterError
-from ..injection import saved_copies, state_of
 from ..naming import BASES, index_model, known_base
 from ..naming.bases import ALIASES
 from .components import known_adapter, layers_of, models_of, records

@@ -12,8 +12,8 @@ from typing import Any
 from torch import nn
 
 from ..adapters.base import LARGEST_STRENGTH
+from ..bookkeeping import set_active, state_of
 from ..errors import AdapterError, nearest
-from ..injection import set_active, state_of
 from ..layers.layer import AdaptedLayer
 from ..per_sample import samples_with
 from .components import adapter_names, forget_unscaled, known_adapter, layers_of, models_of

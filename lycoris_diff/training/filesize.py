@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..adapters.config import AdapterConfig
+from ..bookkeeping import state_of
 from ..checkpoints.compose import compose
 from ..checkpoints.formats import format_named
 from ..checkpoints.metadata import file_metadata
@@ -21,7 +22,7 @@ from ..diffusion.components import inner_model
 from ..diffusion.planning import base_model_of
 from ..diffusion.saving import checkpoint_of
 from ..files import CONFIG_NAME, WEIGHTS_NAME
-from ..injection import inject_adapter, state_of, unwrap
+from ..injection import inject_adapter, unwrap
 from ..naming import BASES, index_model
 from ..peft_format import config_to_dict, get_peft_model_state_dict
 from .config import ADAPTER

@@ -17,11 +17,11 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..bookkeeping import state_of
 from ..diffusion.components import layers_of, models_of
 from ..diffusion.saving import save_adapter
 from ..errors import AdapterError, ConfigError
 from ..files import CONFIG_NAME, WEIGHTS_NAME, replacing, save_adapter_directory
-from ..injection import state_of
 from ..peft_format import get_peft_model_state_dict, peft_gap
 from .card import model_card
 from .config import ADAPTER, DreamBoothConfig

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.base import Adapter
+from ..bookkeeping import adapted_layers, saved_copies, state_of
 from ..diffusion.components import models_of
 from ..errors import ConfigError
 from ..execution.norms import NormGeometry
-from ..injection import adapted_layers, saved_copies, state_of
 from ..targets import base_modules, role_of
 from .components import trainable
 from .config import ADAPTER, DreamBoothConfig

@@ -19,10 +19,11 @@ from ..adapters.config import AdapterConfig, AlphaConfig
 from ..adapters.lokr import LoKr, LoKrConfig
 from ..adapters.oft import OFTConfig
 from ..adapters.registry import adapter_class
+from ..building import layer_config
 from ..diffusion.components import inner_model
 from ..errors import ConfigError
 from ..execution.geometry import Geometry
-from ..injection import inject_adapter, layer_config, unwrap
+from ..injection import inject_adapter, unwrap
 from ..targets import check_patterns, find_targets, pattern_value
 from .config import ADAPTER, adapter_to_dict
 from .filesize import files_of, without_values
