@@ -21,7 +21,8 @@ from lycoris_diff.adapters import (
 from lycoris_diff.diffusion.components import models_of
 from lycoris_diff.errors import ConfigError
 from lycoris_diff.tiny import build_pipeline
-from lycoris_diff.training.sizing import count_parameters, fit_size, parse_size, size_knob
+from lycoris_diff.training.sizes import count_parameters, size_knob
+from lycoris_diff.training.sizing import fit_size, parse_size
 
 
 class Odd(nn.Module):

@@ -21,7 +21,8 @@ from .config import ADAPTER, DreamBoothConfig
 from .filesize import FileSize, blank_adapters, files_of
 from .optimizers import make_optimizer, risky_learning_rate
 from .outputs import check_outputs
-from .sizing import SizeChoice, fit_size, parse_size, size_knob
+from .sizes import size_knob
+from .sizing import SizeChoice, fit_size, parse_size
 
 
 @dataclass(frozen=True)
