@@ -1,4 +1,4 @@
-"""The contract of an adapter, and the registry.
+"""The contract of an adapter.
 
 An adapter owns the factors of one algorithm on one weight. It says how its change of the weight is computed, and, where
 there is one, how to apply the change without building it. A new algorithm is a subclass with a config and a `register`.
@@ -7,7 +7,7 @@ there is one, how to apply the change without building it. A new algorithm is a 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -77,9 +77,6 @@ class Adapter(nn.Module):
     #: targets for ``target_modules=None``; None takes the defaults for the model's architecture
     default_targets: ClassVar[str | None] = None
 
-    #: `program` depends on nothing but the shapes of the factors
-    keeps_program: ClassVar[bool] = True
-
     #: runs in every call even while off, so that switching it changes tensors only
     pinned: ClassVar[bool] = False
 
@@ -136,6 +133,10 @@ class Adapter(nn.Module):
 
     def program(self, f: Factors) -> Program | None:
         """The factored form with ``f["scale"]`` inside, or None when there is none for this layer."""
+        return None
+
+    def program_key(self) -> Hashable:
+        """What `program` depends on beside the shapes of the factors; a layer remembers its program until this changes."""
         return None
 
     @property

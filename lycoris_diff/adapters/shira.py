@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,7 +16,7 @@ from ..errors import AdapterError, CheckpointError, ConfigError
 from ..execution.geometry import Geometry, is_transformers_conv1d
 from ..execution.program import Program
 from ..execution.sparse import Pattern, Sparse
-from ..execution.steps import Factor, Factors
+from ..execution.steps import Factor, Factors, times_scale
 from ..functional import shira
 from .base import Adapter, Site, expect_shapes
 from .config import AdapterConfig
@@ -66,10 +66,9 @@ class Shira(Adapter):
     """Values ``shira_weight (n,)`` at ``shira_indices (2, n)`` (int32 row and column of the flattened weight)."""
 
     config_class = ShiraConfig
-    keeps_program = False  # the pattern belongs to the indices
     factor_names = ("shira_weight", "shira_indices")
     index_names = ("shira_indices",)
-    _sorted: tuple[Any, Pattern] | None = None
+    _sorted: tuple[Tensor, tuple[int, int], Pattern] | None = None
 
     @classmethod
     def shapes(cls, geometry: Geometry, config: ShiraConfig) -> dict[str, tuple[int, ...]]:
@@ -172,28 +171,42 @@ class Shira(Adapter):
         geo, values = self.geometry, f["shira_weight"]
         if geo.kernel or torch.compiler.is_compiling():
             return None
-        # measured: an entry costs a sparse kernel about eight multiply-adds, twelve in the sampled gradient, and every
+        # measured: an entry costs a sparse kernel about eight multiply-adds, seven in the sampled gradient, and every
         # transposed copy and addition several passes, which `width` stands for
         last = Sparse(Factor("shira_weight", scaled=True), self._pattern())
         count, width = values.numel(), (5 * geo.inp + 3 * geo.out) // 2
-        return Program(None, last, cost=8 * count, width=width, sampled_cost=12 * count, eager_only=True)
+        return Program(None, last, cost=8 * count, width=width, sampled_cost=7 * count, eager_only=True)
+
+    def program_key(self) -> Hashable:
+        none = self.geometry.kernel or self.get_buffer("shira_indices").is_meta
+        return None if none else id(self._pattern())  # which whoever keeps the program holds
 
     def _pattern(self) -> Pattern:
         """Sorted positions, kept until the indices change."""
         indices = self.get_buffer("shira_indices")
-        key = (indices._version, indices.data_ptr(), indices.device)
-        if self._sorted is None or self._sorted[0] != key:
-            flat = shira.flat_indices(indices, self.geometry.columns)
-            self._sorted = key, Pattern.of(flat, self.geometry.out, self.geometry.columns)
-        return self._sorted[1]
+        kept = self._kept(indices)
+        if kept is None:
+            kept = Pattern.of(shira.flat_indices(indices, self.geometry.columns), self.geometry.out, self.geometry.columns)
+            self._sorted = indices, (indices._version, indices.data_ptr()), kept
+        return kept
+
+    def _kept(self, indices: Tensor) -> Pattern | None:
+        """What is kept of these indices, if anything is."""
+        if self._sorted is None or self._sorted[0] is not indices:
+            return None
+        return self._sorted[2] if self._sorted[1] == (indices._version, indices.data_ptr()) else None
 
     def delta(self, f: Factors) -> Tensor:
         values = f["shira_weight"] * f["scale"]
         return shira.scatter(values, f["shira_indices"], self.geometry.out, self.geometry.columns).view(self.geometry.shape)
 
     def add_delta(self, total: Tensor, f: Factors) -> Tensor:
-        values = (f["shira_weight"] * f["scale"]).to(total.dtype)
-        flat = shira.flat_indices(f["shira_indices"], self.geometry.columns)
+        values = times_scale(f["shira_weight"], f["scale"]).to(total.dtype)
+        if total.dim() == 2 and total.stride(0) == 1 != total.stride(1):  # stored the other way round, and so it stays
+            flat = shira.flat_indices(f["shira_indices"].flip(0), self.geometry.out)
+            return total.mT.reshape(-1).index_add(0, flat, values).view(total.mT.shape).mT
+        kept = None if torch.compiler.is_compiling() else self._kept(f["shira_indices"])
+        flat = shira.flat_indices(f["shira_indices"], self.geometry.columns) if kept is None else kept.flat
         return total.reshape(-1).index_add(0, flat, values).view(total.shape)
 
 

@@ -11,8 +11,8 @@ from math import prod
 from typing import NamedTuple
 
 PASS = 16
-#: a transposed copy costs as much as eight plain passes
-TRANSPOSE = 8 * PASS
+#: a transposed copy costs as much as four plain passes
+TRANSPOSE = 4 * PASS
 #: how often the weight must go into the output, or the input, for its change to be added to it
 FOLD = 2
 #: numbers in a weight up to which calls cost more than passes over activations

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .costs import NOWHERE, Folded
 from .geometry import Geometry
-from .program import Program, add_gradients, sampled_gradients
+from .program import Program, add_gradients, is_direct, learned, sampled_gradients
 from .rows import channel_view, rows_backward, scale_rows, sum_rows
 from .steps import Factors, Step
 
@@ -43,6 +43,13 @@ class Term(NamedTuple):
     scale: float | None = None
     folded: Folded = NOWHERE
 
+    @property
+    def direct(self) -> bool:
+        """Whether the gradients of its factors are known as formulas."""
+        if self.program is None:
+            return self.sampled is not None and is_direct(self.sampled)
+        return self.program.direct
+
 
 @dataclass(slots=True)
 class Call:
@@ -54,7 +61,7 @@ class Call:
         dtype: in which the operation runs.
         is_dense: some term changes the weight.
         folded: some program's output, or gradient of the input, comes from the changed weight.
-        is_direct: no term does, and every program's gradients are known as formulas.
+        is_direct: every term's gradients are known as formulas.
         names: of all tensors, in order.
     """
 
@@ -69,7 +76,7 @@ class Call:
     def __post_init__(self) -> None:
         self.is_dense = any([term.program is None for term in self.terms])
         self.folded = Folded(*map(any, zip(*[term.folded for term in self.terms], strict=True)))
-        self.is_direct = all([term.program is not None and term.program.direct for term in self.terms])
+        self.is_direct = all([term.direct for term in self.terms])
         self.names = tuple([name for term in self.terms for name in term.names])
 
     def split(self, tensors: Sequence[Tensor]) -> list[tuple[Term, dict[str, Tensor]]]:
@@ -227,13 +234,18 @@ def _direct_gradients(call: Call, x, tensors, kept, needs, grad):
     """Gradients of the factors by formula, and what is to be pushed into the input's gradient."""
     found: list[Tensor | None] = []
     pushes = []
-    for (term, own), z in zip(call.split(tensors), kept):
+    kept = iter(kept)
+    for term, own in call.split(tensors):
+        z = None if term.program is None else next(kept)
         wanted = [name for name, n in zip(term.names, needs[4 + len(found) :]) if n]
         f = cast(own, call.dtype)
-        beside = needs[0] and not term.folded.backward
-        by_name, gz = term.program.backward_direct(call.geometry, x, z, f, wanted, grad, beside)  # type: ignore[union-attr]
+        if term.program is None:
+            by_name = learned(term.sampled, call.geometry, x, f, wanted, grad)  # type: ignore[arg-type]
+        else:
+            beside = needs[0] and not term.folded.backward
+            by_name, gz = term.program.backward_direct(call.geometry, x, z, f, wanted, grad, beside)
+            pushes += [(term.program, f, gz)] if beside else []
         found += [by_name[name].to(own[name].dtype) if name in by_name else None for name in term.names]
-        pushes += [(term.program, f, gz)] if beside else []
     return found, pushes
 
 

@@ -69,7 +69,7 @@ class Program:
     def direct(self) -> bool:
         """Whether every weight is a `Factor` or missing, so that `backward_direct` applies."""
         steps = [step for step in (self.first, self.mid, self.last) if step is not None]
-        return all([isinstance(s, Step) and (s.weight is None or isinstance(s.weight, Factor)) for s in steps])
+        return all([isinstance(step, Step) and is_direct(step) for step in steps])
 
     def backward_direct(
         self, geo: Geometry, x: Tensor, z: Tensor | None, f: Factors, wanted: Container[str], grad: Tensor, of_input: bool
@@ -82,6 +82,8 @@ class Program:
         Returns:
             Gradients by name in the dtype of the operation, and what `push_` takes.
         """
+        if self.first is None:
+            return learned(self.last, geo, x, f, wanted, grad), grad
         found: dict[str, Tensor] = {}
 
         def learn(step: Any, x: Tensor, w: Tensor | None, grad: Tensor) -> None:
@@ -91,9 +93,6 @@ class Program:
         def trains(step: Step | None) -> bool:
             return step is not None and isinstance(step.weight, Factor) and step.weight.name in wanted
 
-        if self.first is None:
-            learn(self.last, x, _built(self.last, f), grad)
-            return found, grad
         z = self.start(geo, x, f) if z is None else z
         mid: Any = self.mid
         wm, wl = None if mid is None else _built(mid, f), _built(self.last, f)
@@ -161,6 +160,18 @@ class Program:
         assert gz is not None
         step = self.last if self.first is None else self.first
         step.add_adjoint_(geo, gx, x, _detached(_built(step, f)), gz)
+
+
+def is_direct(step: Step) -> bool:
+    """Whether the gradient of its weight is that of a factor, or there is none."""
+    return step.weight is None or isinstance(step.weight, Factor)
+
+
+def learned(step: Step, geo: Geometry, x: Tensor, f: Factors, wanted: Container[str], grad: Tensor) -> dict[str, Tensor]:
+    """Gradient of the factor behind a direct step's weight, by name, if it is wanted."""
+    if not (isinstance(step.weight, Factor) and step.weight.name in wanted):
+        return {}
+    return {step.weight.name: step.weight.pull(f, step.weight_grad(geo, x, step.weight(f), grad))}
 
 
 def sampled_gradients(

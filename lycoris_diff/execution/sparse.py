@@ -24,6 +24,7 @@ class Pattern:
         by_column: the same of the transpose.
         order: entry of the matrix for every entry of the transpose.
         entry: stored value for every entry of the matrix.
+        flat: positions in the flattened matrix, in the order of the stored values.
     """
 
     shape: tuple[int, int]
@@ -31,20 +32,25 @@ class Pattern:
     by_column: tuple[Tensor, Tensor]
     order: Tensor
     entry: Tensor
+    flat: Tensor
 
     @classmethod
     def of(cls, flat: Tensor, rows: int, columns: int) -> Pattern:
         """Pattern of distinct flat positions in any order."""
         _announce_sparse()
-        flat, entry = flat.sort()
-        row, column = flat // columns, flat % columns
+        ordered, entry = flat.sort()
+        row, column = ordered // columns, ordered % columns
         order = (column * rows + row).argsort()
         by_row = _compressed(row, column, rows)
-        return cls((rows, columns), by_row, _compressed(column[order], row[order], columns), order, entry)
+        return cls((rows, columns), by_row, _compressed(column[order], row[order], columns), order, entry, flat)
 
     def matrix(self, values: Tensor) -> Tensor:
         """The matrix with the given stored values."""
-        return torch.sparse_csr_tensor(*self.by_row, values[self.entry], self.shape, check_invariants=False)
+        return self.in_order(values[self.entry])
+
+    def in_order(self, values: Tensor) -> Tensor:
+        """The matrix with values that are sorted by row."""
+        return torch.sparse_csr_tensor(*self.by_row, values, self.shape, check_invariants=False)
 
     def transposed(self, values: Tensor) -> Tensor:
         """Its transpose."""
@@ -70,6 +76,15 @@ def _compressed(major: Tensor, minor: Tensor, count: int) -> tuple[Tensor, Tenso
     return starts.to(torch.int32), minor.to(torch.int32)
 
 
+#: tokens that are transposed at once: more would leave a cache between being copied and being read
+BLOCK = 512
+
+
+def _turned(t: Tensor) -> Tensor:
+    """Copy of the transpose. As a batch of one: torch transposes plain matrices on one thread."""
+    return t.unsqueeze(0).mT.contiguous()[0]
+
+
 @dataclass(frozen=True)
 class Sparse(Step):
     """A sparse matrix ``(out, in)`` on the tokens of a linear layer; the weight is the vector of its values.
@@ -80,12 +95,19 @@ class Sparse(Step):
     pattern: Pattern
 
     def add_(self, geo: Geometry, y: Tensor, x: Tensor, w: Any) -> None:
-        y.add_((self.pattern.matrix(_wide(w)) @ _wide(x).T.contiguous()).T.contiguous())
+        _add_product_(y, self.pattern.matrix(_wide(w)), x)
 
     def add_adjoint_(self, geo: Geometry, gx: Tensor, x: Tensor, w: Any, grad: Tensor) -> None:
-        gx.add_((self.pattern.transposed(_wide(w)) @ _wide(grad).T.contiguous()).T.contiguous())
+        _add_product_(gx, self.pattern.transposed(_wide(w)), grad)
 
     def weight_grad(self, geo: Geometry, x: Tensor, w: Any, grad: Tensor) -> Tensor:
-        empty = self.pattern.matrix(_wide(torch.zeros_like(w)))
-        sampled = torch.sparse.sampled_addmm(empty, _wide(grad).T.contiguous(), _wide(x).T.contiguous().T, beta=0.0)
+        sampled = self.pattern.in_order(torch.zeros_like(_wide(w)))
+        for rows, columns in zip(grad.split(BLOCK), x.split(BLOCK)):
+            sampled = torch.sparse.sampled_addmm(sampled, _turned(_wide(rows)), _turned(_wide(columns)).T)
         return torch.empty_like(w).index_copy_(0, self.pattern.entry, sampled.values().to(w.dtype))
+
+
+def _add_product_(y: Tensor, matrix: Tensor, x: Tensor) -> None:
+    """``y += matrix x`` for every token."""
+    for out, inp in zip(y.split(BLOCK), x.split(BLOCK)):
+        out.add_(_turned(matrix @ _turned(_wide(inp))))

@@ -70,7 +70,7 @@ class AdaptedLayer(SeparateLayer):
         scales = [adapter.known_scale for adapter in adapters]
         if None in scales or (self.training and any([varied(adapter) for adapter in adapters])):
             return None
-        key = names, x.shape, x.dtype, self.training, *scales
+        key = names, x.shape, x.dtype, self.training, *scales, *[adapter.program_key() for adapter in adapters]
         if key in self.plans:
             return self.plans[key]
         return self.plans.keep(key, self._find(list(zip(adapters, scales)), x))  # type: ignore[arg-type]
@@ -90,13 +90,16 @@ class AdaptedLayer(SeparateLayer):
             program = found if choice.mode == "beside" else None
             sampled = found.last if found is not None and choice.sampled else None
             changing = program is not None and adapter.depends_on_weight  # DoRA's rows follow its strength
-            if changing or (found is not None and not adapter.keeps_program and (program is not None or sampled is not None)):
+            if changing:
                 return None
             term = Running(adapter, f, program, sampled, choice.folded).term(False, inner)
             light = light and not any(term.folded)
-            light = light and (little if program is None else small and keeps_little(self.geometry, tokens, program, f))
+            if program is None:
+                light = light and little
+            else:
+                light = light and small and not program.eager_only and keeps_little(self.geometry, tokens, program, f)
             parts.append((adapter, program, scale))
-            if program is not None and program.direct:
+            if term.direct:
                 term = term._replace(names=tuple(adapter.factors()), scale=scale)
             terms.append(term)
         return Plan(parts, None if light else Call(self.geometry, tuple(terms), x.dtype))

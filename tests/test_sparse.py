@@ -1,0 +1,97 @@
+"""SHiRA's three ways to run, against dense float64 operations: sparse products, single entries of the gradient, all of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import adapt, randomize
+from torch import nn
+
+from lycoris_diff import ShiraConfig, inject_adapter
+from lycoris_diff.execution.costs import Choice
+from lycoris_diff.execution.sparse import BLOCK
+
+WAYS = {
+    "beside": Choice("beside", 0, 0),
+    "entries": Choice("instead", 0, 0, sampled=True),
+    "dense": Choice("instead", 0, 0),
+}
+
+
+def shira(seed):
+    return ShiraConfig(r=2, target_modules=["layer"], random_seed=seed)
+
+
+def forced(way):
+    """A linear layer with SHiRA that runs in one way whatever its size, and what its cost model is asked for."""
+    torch.manual_seed(0)
+    model, adapted = adapt(nn.Linear(20, 28).double(), shira(0))
+    randomize(model)
+    adapted._choose = lambda adapter, f, x, plain: (WAYS[way], adapter.program(f))
+    return model, adapted
+
+
+def gradients(model, x, grad):
+    """Output, gradient of the input, and those of the values, as the library computes them."""
+    x = x.clone().requires_grad_()
+    values = [p for n, p in model.named_parameters() if n.endswith("shira_weight")]
+    y = model(x)
+    return [y.detach(), *torch.autograd.grad(y, [x, *values], grad)]
+
+
+def rebuilt(adapted, x, grad):
+    """The same from dense matrices."""
+    base, adapters = adapted.base_layer, adapted.adapters.values()
+    at = [tuple(a.shira_indices.long()) for a in adapters]
+    weight = base.weight.detach().clone()
+    for adapter, positions in zip(adapters, at, strict=True):
+        weight[positions] += adapter.shira_weight.detach() * adapter.scaling * adapter.get_strength()
+    dense = grad.flatten(0, -2).T @ x.flatten(0, -2)
+    scales = [a.scaling * a.get_strength() for a in adapters]
+    entries = [dense[positions] * scale for positions, scale in zip(at, scales, strict=True)]
+    return [x @ weight.T + base.bias.detach(), grad @ weight, *entries]
+
+
+@pytest.mark.parametrize("tokens", [1, 7, BLOCK, BLOCK + 1, 2 * BLOCK + 276])
+@pytest.mark.parametrize("way", WAYS)
+def test_against_dense_matrices(way, tokens, fused):
+    model, adapted = forced(way)
+    x, grad = torch.randn(tokens, 20, dtype=torch.float64), torch.randn(tokens, 28, dtype=torch.float64)
+    torch.testing.assert_close(gradients(model, x, grad), rebuilt(adapted, x, grad), rtol=1e-12, atol=1e-12)
+    [plan] = adapted.plans.values()
+    [term] = plan.call.terms
+    assert (term.program is not None, term.sampled is not None) == (way == "beside", way == "entries")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_adapters_at_other_strengths(way, fused):
+    model, adapted = forced(way)
+    inject_adapter(model.get_base_model(), shira(1), "second")
+    model.set_adapter(["default", "second"])
+    randomize(model)
+    model.set_scale("second", -0.5)
+    x, grad = torch.randn(2, 5, 20, dtype=torch.float64), torch.randn(2, 5, 28, dtype=torch.float64)
+    torch.testing.assert_close(gradients(model, x, grad), rebuilt(adapted, x, grad), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_remembered_follows_the_positions(way, fused):
+    model, adapted = forced(way)
+    x, grad = torch.randn(9, 20, dtype=torch.float64), torch.randn(9, 28, dtype=torch.float64)
+    gradients(model, x, grad)
+    indices = adapted.adapters["default"].shira_indices
+    moved = torch.stack([(indices[0] + 3) % 28, indices[1]])
+    indices.copy_(moved)  # in place, as load_state_dict does
+    torch.testing.assert_close(gradients(model, x, grad), rebuilt(adapted, x, grad), rtol=1e-12, atol=1e-12)
+    adapted.adapters["default"].shira_indices = torch.stack([moved[0], (moved[1] + 1) % 20])  # another tensor
+    torch.testing.assert_close(gradients(model, x, grad), rebuilt(adapted, x, grad), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_frozen_values_get_no_gradient(way, fused):
+    model, adapted = forced(way)
+    adapted.adapters["default"].shira_weight.requires_grad_(False)
+    x = torch.randn(6, 20, dtype=torch.float64, requires_grad=True)
+    model(x).sum().backward()
+    expected = rebuilt(adapted, x.detach(), torch.ones(6, 28, dtype=torch.float64))[1]
+    torch.testing.assert_close(x.grad, expected, rtol=1e-12, atol=1e-12)
