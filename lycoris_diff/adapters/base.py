@@ -339,6 +339,12 @@ class Adapter(nn.Module):
             return None
         return float(self.scaling) if self.depends_on_weight else self._strength * self.scaling
 
+    def at_full_strength(self, f: Factors) -> bool:
+        """Whether these inputs are at strength one for certain. Compiled code is not told: others would compile it again."""
+        if torch.compiler.is_compiling() or f["strength"] is not self._buffers["strength"]:
+            return False
+        return self._strength == 1.0 and not f["strength"].requires_grad
+
     @property
     def single(self) -> bool:
         """Whether it is one adapter, not a sum of several."""

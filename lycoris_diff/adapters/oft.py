@@ -254,18 +254,25 @@ class OFT(Adapter):
         if not pointwise_input(self.geometry):
             return None
         rotation = self._rotation(f, torch.promote_types(f[self.factor_names[0]].dtype, torch.float32))
-        less = oft.back_less_identity(rotation, f["strength"])
 
         def times(x: Tensor, matrices: Tensor) -> Tensor:
+            if x.dim() == 2:
+                return oft.rotate_columns(x, matrices.to(x.dtype))
             last = x.movedim(1, -1)
             return oft.rotate_columns(last.flatten(0, -2), matrices.to(x.dtype)).view(last.shape).movedim(-1, 1)
 
+        def before(x: Tensor) -> Tensor:
+            return times(x, oft.back_less_identity(rotation, f["strength"]))
+
         def moved(x: Tensor) -> Tensor:
             if x.dtype.itemsize < 4:  # what is added would be rounded as parts of one
-                return x + times(x, less)
+                return x + before(x)
+            if self.at_full_strength(f):
+                return times(x, rotation.mT)
+            less = oft.back_less_identity(rotation, f["strength"])
             return times(x, less + torch.eye(less.shape[-1], dtype=less.dtype, device=less.device))
 
-        return Around(before=lambda x: times(x, less), moved=moved)
+        return Around(before=before, moved=moved)
 
     def _rotation(self, f: Factors, dtype: torch.dtype) -> Tensor:
         config: OFTConfig = self.config  # type: ignore[assignment]

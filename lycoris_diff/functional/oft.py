@@ -64,9 +64,9 @@ def rotate_rows(weight: Tensor, rotation: Tensor) -> Tensor:
 
 def rotate_columns(weight: Tensor, rotation: Tensor) -> Tensor:
     """Every block of columns times ``R^T``: ``(out, in), (n or 1, b, b) -> (out, in)``; one block serves all."""
-    b = rotation.shape[-1]
-    blocks = weight.unflatten(1, (-1, b))
-    return torch.einsum("okc,kjc->okj", blocks, rotation.expand(blocks.shape[1], b, b)).reshape(weight.shape)
+    blocks = weight.unflatten(1, (-1, rotation.shape[-1])).transpose(0, 1)
+    turned = torch.bmm(blocks, rotation.mT.expand(len(blocks), -1, -1))
+    return turned.transpose(0, 1).reshape(weight.shape)
 
 
 def butterfly(weight: Tensor, rotation: Tensor) -> Tensor:
