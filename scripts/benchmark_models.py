@@ -132,6 +132,9 @@ WORKLOADS = {
     "flux-stack": Workload(
         _flux, partial(_tokens, 1024, 512, 3072, 3072, True), "hidden_states", {"attention": FLUX, "all": (*FLUX, *FLUX_MLP)}
     ),
+    "flux-stack-256": Workload(
+        _flux, partial(_tokens, 256, 128, 3072, 3072, True), "hidden_states", {"attention": FLUX, "all": (*FLUX, *FLUX_MLP)}
+    ),
     "tiny": Workload(_tiny, partial(_latents, 8), "sample", _UNET),  # to try the scripts
 }
 
