@@ -171,10 +171,10 @@ class Shira(Adapter):
         geo, values = self.geometry, f["shira_weight"]
         if geo.kernel or torch.compiler.is_compiling():
             return None
-        # measured: an entry costs a sparse kernel about eight multiply-adds, seven in the sampled gradient, and every
-        # transposed copy and addition several passes, which `width` stands for
+        # measured: an entry costs a sparse kernel about eight multiply-adds, seven in the sampled gradient; the transposed
+        # copies and their addition cost eleven passes over input and output, most of which `width` stands for
         last = Sparse(Factor("shira_weight", scaled=True), self._pattern())
-        count, width = values.numel(), (5 * geo.inp + 3 * geo.out) // 2
+        count, width = values.numel(), 9 * (geo.inp + geo.out) // 2
         return Program(None, last, cost=8 * count, width=width, sampled_cost=7 * count, eager_only=True)
 
     def program_key(self) -> Hashable:

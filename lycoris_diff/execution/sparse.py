@@ -76,8 +76,12 @@ def _compressed(major: Tensor, minor: Tensor, count: int) -> tuple[Tensor, Tenso
     return starts.to(torch.int32), minor.to(torch.int32)
 
 
-#: tokens that are transposed at once: more would leave a cache between being copied and being read
+#: tokens that a processor transposes at once: more would leave its cache between being copied and being read
 BLOCK = 512
+
+
+def _blocks(t: Tensor) -> tuple[Tensor, ...]:
+    return t.split(BLOCK) if t.device.type == "cpu" else (t,)
 
 
 def _turned(t: Tensor) -> Tensor:
@@ -102,12 +106,12 @@ class Sparse(Step):
 
     def weight_grad(self, geo: Geometry, x: Tensor, w: Any, grad: Tensor) -> Tensor:
         sampled = self.pattern.in_order(torch.zeros_like(_wide(w)))
-        for rows, columns in zip(grad.split(BLOCK), x.split(BLOCK)):
+        for rows, columns in zip(_blocks(grad), _blocks(x)):
             sampled = torch.sparse.sampled_addmm(sampled, _turned(_wide(rows)), _turned(_wide(columns)).T)
         return torch.empty_like(w).index_copy_(0, self.pattern.entry, sampled.values().to(w.dtype))
 
 
 def _add_product_(y: Tensor, matrix: Tensor, x: Tensor) -> None:
     """``y += matrix x`` for every token."""
-    for out, inp in zip(y.split(BLOCK), x.split(BLOCK)):
+    for out, inp in zip(_blocks(y), _blocks(x)):
         out.add_(_turned(matrix @ _turned(_wide(inp))))
