@@ -147,7 +147,7 @@ def test_user_masks(function, tmp_path):
     x = torch.randn(3, 24)
     again = AdapterModel.from_pretrained(copy.deepcopy(Twins().requires_grad_(False)), tmp_path)
     again.get_base_model().load_state_dict(model.get_base_model().state_dict(), strict=True)
-    assert torch.equal(again(x), model(x))
+    torch.testing.assert_close(again(x), model(x), rtol=1e-6, atol=1e-6)  # bits depend on where the changed weight lies
 
 
 def test_user_mask_functions_receive_keywords_they_accept():
@@ -219,6 +219,10 @@ def sizes(width, out, r, tmp_path):
     return base, shira, length("compact") / length("lora"), length("plain") / length("lora")
 
 
+def delta(model):
+    return model.get_base_model().layers[0].get_delta_weight("default")
+
+
 @pytest.mark.parametrize(
     ("width", "out", "r", "limit"),
     [
@@ -236,9 +240,11 @@ def test_compact_size_and_round_trip(width, out, r, limit, tmp_path):
     assert compact <= limit
     assert plain > 2.5  # PEFT's own layout
     x = torch.randn(2, width)
-    expected = model(x)
+    expected, change = model(x), delta(model)
     for name in ("compact", "plain"):
-        assert torch.equal(AdapterModel.from_pretrained(copy.deepcopy(base), tmp_path / name)(x), expected), name
+        again = AdapterModel.from_pretrained(copy.deepcopy(base), tmp_path / name)
+        assert torch.equal(delta(again), change), name
+        torch.testing.assert_close(again(x), expected, rtol=1e-5, atol=1e-5)  # bits depend on where the changed weight lies
 
 
 @pytest.mark.parametrize("layer", ["linear", "hf-conv1d", "conv1d-zeros", "conv2d-groups2", "conv3d-zeros"])
