@@ -9,7 +9,7 @@ PIP_ARGS ?=
 PYTEST_ARGS ?= -n auto
 BENCH_ARGS ?= --markdown docs/benchmarks.md
 COMPARE_ARGS ?= --out comparison-output --markdown docs/adapters-compared.md
-MODELS_ARGS ?= --json docs/benchmarks.json --chart docs/images/benchmarks.png --markdown docs/benchmarks.md
+MODELS_ARGS ?= --json docs/benchmarks.json --chart docs/images/benchmarks.png --markdown docs/benchmarks.md --readme README.md
 
 BIN := $(VENV)/bin
 

@@ -11,10 +11,10 @@ are measured in five. Peak memory is that of a process of its own (`--memory`).
 
     python scripts/benchmark.py --models sd15-32 --targets attention --memory
     python scripts/benchmark.py --device cuda --dtypes float32 bfloat16
-    python scripts/benchmark.py --json docs/benchmarks.json --chart docs/images/benchmarks.png --markdown docs/benchmarks.md
+    make bench-models
 
-The last one renews the section of the document. Rows that the JSON file holds of this machine are not measured again, so that
-an interrupted call goes on; those of other machines stay, in tables of their own.
+The last one measures what is missing and renews tables, chart and README. Rows that the JSON file holds of this machine are not
+measured again, so that an interrupted call goes on; those of other machines stay, in tables of their own.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from pathlib import Path
 import torch
 from benchmark_models import WORKLOADS
 from benchmark_results import ADAPTED, FIRST, Case, Row, Series, earlier, keep, report
+from benchmark_summary import write_summary
 from benchmark_turns import Crew
 from benchmarking import ALGORITHMS, Ratio, machine, order, prepare_process
 from rich.console import Console
@@ -72,6 +73,8 @@ def main(arguments: list[str] | None = None) -> None:
                 keep(series, options.json)
             progress.advance(task)
     report(series, options.chart, options.markdown)
+    if options.readme:
+        write_summary(series, options.readme)
 
 
 # -------------------------------------------------------------------------------------------------------- measurement
@@ -172,6 +175,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--json", type=Path, metavar="FILE", help="all numbers, written after every row; rows it holds are kept"
     )
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="renew the section of this document")
+    parser.add_argument("--readme", type=Path, metavar="FILE", help="renew the short table of this document")
     parser.add_argument("--chart", type=Path, metavar="FILE", help="draw the steps' ratios as a PNG")
     parser.add_argument("--peak-of", nargs=6, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)

@@ -22,11 +22,13 @@ def step_chart(panels: Mapping[str, Mapping[str, Mapping[str, Ratio]]], path: Pa
         path: the picture; replaced if it exists.
     """
     heights = [len(rows) + 1.5 for rows in panels.values()]
+    size = (9, 0.36 * sum(heights) + 0.8)
     figure, axes = plt.subplots(
-        len(panels), 1, figsize=(9, 0.36 * sum(heights) + 0.8), height_ratios=heights, squeeze=False, layout="constrained"
+        len(panels), 1, figsize=size, height_ratios=heights, squeeze=False, layout="constrained", sharex=True
     )
     for axis, (title, rows) in zip(axes[:, 0], panels.items()):
         _panel(axis, title, rows)
+    _scale(axes[-1, 0], max(ratio.median for rows in panels.values() for row in rows.values() for ratio in row.values()))
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper right", ncols=len(labels), frameon=False)
     axes[-1, 0].set_xlabel("time of a training step, relative to the frozen base model (log scale; bars: 95 % interval)")
@@ -46,10 +48,6 @@ def _panel(axis: plt.Axes, title: str, rows: Mapping[str, Mapping[str, Ratio]]) 
         spread = [[r.median - r.low for r in ratios], [r.high - r.median for r in ratios]]
         axis.errorbar([r.median for r in ratios], places, xerr=spread, fmt="o", ms=4.5, lw=1.4, color=colour, label=contender)
     axis.axvline(1.0, color="#20242c", lw=1)
-    axis.set_xscale("log")
-    marks = [mark for mark in (1, 1.25, 1.5, 2, 3, 4, 6, 8, 12) if mark <= 1.1 * axis.get_xlim()[1]]
-    axis.set_xticks(marks, [f"{mark:g}x" for mark in marks])
-    axis.minorticks_off()
     axis.set_yticks(range(len(names)), names)
     axis.set_ylim(len(names) - 0.4, -0.6)
     axis.grid(axis="x", color="#e3e6eb")
@@ -57,3 +55,12 @@ def _panel(axis: plt.Axes, title: str, rows: Mapping[str, Mapping[str, Ratio]]) 
     axis.set_title(title, loc="left", fontsize=10, fontweight="bold")
     axis.spines[["top", "right", "left"]].set_visible(False)
     axis.tick_params(axis="y", length=0)
+
+
+def _scale(axis: plt.Axes, largest: float) -> None:
+    """One scale for all panels, as wide as the medians; intervals may leave it."""
+    axis.set_xscale("log")
+    axis.set_xlim(0.95, 1.15 * largest)
+    marks = [mark for mark in (1, 1.25, 1.5, 2, 3, 4, 6, 8, 12) if mark <= 1.15 * largest]
+    axis.set_xticks(marks, [f"{mark:g}x" for mark in marks])
+    axis.minorticks_off()

@@ -172,6 +172,15 @@ def test_report(scripts, tmp_path, capsys, monkeypatch):
     assert files["chart.png"].stat().st_size > 1000
 
 
+def test_the_readme_shows_what_was_measured(scripts):
+    from benchmark_results import earlier
+    from benchmark_summary import summary
+
+    table = summary(earlier(SCRIPTS.parent / "docs" / "benchmarks.json"))
+    assert table.count("| LoKr") >= 2
+    assert table in (SCRIPTS.parent / "README.md").read_text(encoding="utf-8")
+
+
 def test_peak_memory(scripts):
     """Two steps, in a process of its own."""
     assert scripts["models"].peak_in_child(case(scripts, "attention", "lora"), "ours") > 2**26
