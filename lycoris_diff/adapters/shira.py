@@ -178,8 +178,9 @@ class Shira(Adapter):
         return Program(None, last, cost=8 * count, width=width, sampled_cost=7 * count, eager_only=True)
 
     def program_key(self) -> Hashable:
-        none = self.geometry.kernel or self.get_buffer("shira_indices").is_meta
-        return None if none else id(self._pattern())  # which whoever keeps the program holds
+        if self.geometry.kernel or self.get_buffer("shira_indices").is_meta:
+            return None
+        return id(self._pattern())  # of no other pattern as long as a program with this one is kept
 
     def _pattern(self) -> Pattern:
         """Sorted positions, kept until the indices change."""
