@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..adapters.base import Adapter
 from ..execution.engine import Call, Term, adapted
 from .frozen import Ready, frozen, prepared, settled
-from .light import Parts, has_little_weight, is_small, keeps_little, run_light
+from .light import Parts, changes_cheaply, has_little_weight, is_small, keeps_little, run_light
 from .parts import bias_change, plus, row_factor
 from .plans import Plan
 from .samples import Samples
@@ -87,7 +87,8 @@ class AdaptedLayer(SeparateLayer):
             if any([t.is_meta for t in f.values()]) or self._around(adapter, inner):
                 return None
             choice, found = self._choose(adapter, f, inner, True)
-            program = found if choice.mode == "beside" else None
+            cheap = adapter.depends_on_weight and changes_cheaply(self.geometry, tokens)
+            program = found if choice.mode == "beside" and not cheap else None
             sampled = found.last if found is not None and choice.sampled else None
             changing = program is not None and adapter.depends_on_weight  # DoRA's rows follow its strength
             if changing:

@@ -23,6 +23,8 @@ from ..execution.steps import Factors
 SMALL = 3 * 2**18
 #: numbers that may be kept for backward in any case, an eighth of a MiB
 LITTLE = 2**15
+#: multiply-adds of a little weight's gradient that take no longer than DoRA's calls beside the layer
+CHEAP = 2**22
 
 #: active adapters, each with the program that it runs beside the layer (None changes the weight instead) and its known scale
 Parts = list[tuple[Adapter, Program | None, float]]
@@ -45,6 +47,11 @@ def keeps_little(geometry: Geometry, tokens: int, program: Program, f: Factors) 
 def has_little_weight(geometry: Geometry) -> bool:
     """Whether keeping changed weights of this size for backward does not matter."""
     return prod(geometry.shape) <= LITTLE
+
+
+def changes_cheaply(geometry: Geometry, tokens: int) -> bool:
+    """Whether DoRA's factors of the rows cost more calls than changing the weight costs arithmetic."""
+    return has_little_weight(geometry) and tokens * prod(geometry.shape) <= CHEAP
 
 
 def run_light(geometry: Geometry, weight: Tensor, bias: Tensor | None, x: Tensor, parts: Parts) -> Tensor:
