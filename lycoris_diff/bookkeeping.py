@@ -40,12 +40,10 @@ def state_of(model: nn.Module) -> AdapterState | None:
     return model.__dict__.get(_STATE)
 
 
-def remember(model: nn.Module) -> AdapterState:
-    """Bookkeeping of a base model, begun where it has none."""
-    state = state_of(model)
-    if state is None:
-        state = AdapterState(was_trainable={n for n, p in model.named_parameters() if p.requires_grad})
-        model.__dict__[_STATE] = state
+def begin(model: nn.Module) -> AdapterState:
+    """Begin the bookkeeping of a base model that has none; `forget` ends it."""
+    state = AdapterState(was_trainable={n for n, p in model.named_parameters() if p.requires_grad})
+    model.__dict__[_STATE] = state
     return state
 
 

@@ -15,7 +15,7 @@ from .adapters.base import Adapter
 from .adapters.config import AdapterConfig
 from .adapters.registry import adapter_class
 from .biases import BiasSet, bias_mode
-from .bookkeeping import adapted_layers, check_new_name, forget, remember, saved_copies, set_active, state_of
+from .bookkeeping import adapted_layers, begin, check_new_name, forget, saved_copies, set_active, state_of
 from .building import base_weight, build_adapter, check_packed, keeps_row_squares
 from .errors import AdapterError
 from .execution.norms import NormGeometry
@@ -124,7 +124,7 @@ def attach(
             squares[target.path] = base_weight(model, target).square().sum(1)
     state = state_of(model)
     if state is None:
-        state = remember(model)
+        state = begin(model)
         save = _own_save(model)
         if save is not None:
             model.__dict__["save_pretrained"] = save

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import AdapterError, CheckpointError, ConfigError
 from ..execution.geometry import Geometry, is_transformers_conv1d
+from ..execution.marks import mark
 from ..execution.program import Program
 from ..execution.sparse import Pattern, Sparse
 from ..execution.steps import Factor, Factors, times_scale
@@ -188,14 +189,15 @@ class Shira(Adapter):
         kept = self._kept(indices)
         if kept is None:
             kept = Pattern.of(shira.flat_indices(indices, self.geometry.columns), self.geometry.out, self.geometry.columns)
-            self._sorted = indices, (indices._version, indices.data_ptr()), kept
+            self._sorted = indices, mark(indices), kept
         return kept
 
     def _kept(self, indices: Tensor) -> Pattern | None:
         """What is kept of these indices, if anything is."""
-        if self._sorted is None or self._sorted[0] is not indices:
+        if torch.compiler.is_compiling() or self._sorted is None:
             return None
-        return self._sorted[2] if self._sorted[1] == (indices._version, indices.data_ptr()) else None
+        held, marked, pattern = self._sorted
+        return pattern if held is indices and marked == mark(indices) else None
 
     def delta(self, f: Factors) -> Tensor:
         values = f["shira_weight"] * f["scale"]
@@ -206,7 +208,7 @@ class Shira(Adapter):
         if total.dim() == 2 and total.stride(0) == 1 != total.stride(1):  # stored the other way round, and so it stays
             flat = shira.flat_indices(f["shira_indices"].flip(0), self.geometry.out)
             return total.mT.reshape(-1).index_add(0, flat, values).view(total.mT.shape).mT
-        kept = None if torch.compiler.is_compiling() else self._kept(f["shira_indices"])
+        kept = self._kept(f["shira_indices"])
         flat = shira.flat_indices(f["shira_indices"], self.geometry.columns) if kept is None else kept.flat
         return total.reshape(-1).index_add(0, flat, values).view(total.shape)
 

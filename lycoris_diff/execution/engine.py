@@ -240,7 +240,8 @@ def _direct_gradients(call: Call, x, tensors, kept, needs, grad):
         wanted = [name for name, n in zip(term.names, needs[4 + len(found) :]) if n]
         f = cast(own, call.dtype)
         if term.program is None:
-            by_name = learned(term.sampled, call.geometry, x, f, wanted, grad)  # type: ignore[arg-type]
+            assert term.sampled is not None and term.sampled.weight is not None  # every term is direct
+            by_name = learned(term.sampled, call.geometry, x, term.sampled.weight(f), f, wanted, grad)
         else:
             beside = needs[0] and not term.folded.backward
             by_name, gz = term.program.backward_direct(call.geometry, x, z, f, wanted, grad, beside)

@@ -83,28 +83,19 @@ class Program:
             Gradients by name in the dtype of the operation, and what `push_` takes.
         """
         if self.first is None:
-            return learned(self.last, geo, x, f, wanted, grad), grad
-        found: dict[str, Tensor] = {}
-
-        def learn(step: Any, x: Tensor, w: Tensor | None, grad: Tensor) -> None:
-            if trains(step):
-                found[step.weight.name] = step.weight.pull(f, step.weight_grad(geo, x, w, grad))
-
-        def trains(step: Step | None) -> bool:
-            return step is not None and isinstance(step.weight, Factor) and step.weight.name in wanted
-
+            return learned(self.last, geo, x, _built(self.last, f), f, wanted, grad), grad
         z = self.start(geo, x, f) if z is None else z
         mid: Any = self.mid
         wm, wl = None if mid is None else _built(mid, f), _built(self.last, f)
         h = z if mid is None else mid.apply(geo, z, wm)
-        learn(self.last, h, wl, grad)
-        if not (of_input or trains(self.first) or trains(mid)):
+        found = learned(self.last, geo, h, wl, f, wanted, grad)
+        if not (of_input or trains(self.first, wanted) or (mid is not None and trains(mid, wanted))):
             return found, None
         gz = self.last.adjoint(geo, h, wl, grad)
         if mid is not None:
-            learn(mid, z, wm, gz)
+            found |= learned(mid, geo, z, wm, f, wanted, gz)
             gz = mid.adjoint(geo, z, wm, gz)
-        learn(self.first, x, _built(self.first, f), gz)
+        found |= learned(self.first, geo, x, _built(self.first, f), f, wanted, gz)
         return found, gz
 
     def backward(
@@ -167,11 +158,14 @@ def is_direct(step: Step) -> bool:
     return step.weight is None or isinstance(step.weight, Factor)
 
 
-def learned(step: Step, geo: Geometry, x: Tensor, f: Factors, wanted: Container[str], grad: Tensor) -> dict[str, Tensor]:
-    """Gradient of the factor behind a direct step's weight, by name, if it is wanted."""
-    if not (isinstance(step.weight, Factor) and step.weight.name in wanted):
-        return {}
-    return {step.weight.name: step.weight.pull(f, step.weight_grad(geo, x, step.weight(f), grad))}
+def trains(step: Step, wanted: Container[str]) -> bool:
+    """Whether the gradient of the factor behind a direct step's weight is wanted."""
+    return isinstance(step.weight, Factor) and step.weight.name in wanted
+
+
+def learned(step: Any, geo: Geometry, x: Tensor, w: Any, f: Factors, wanted: Container[str], grad: Tensor) -> dict[str, Tensor]:
+    """That gradient by the factor's name; nothing if it is not wanted. ``w`` is the step's weight."""
+    return {step.weight.name: step.weight.pull(f, step.weight_grad(geo, x, w, grad))} if trains(step, wanted) else {}
 
 
 def sampled_gradients(

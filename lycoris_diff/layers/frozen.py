@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..adapters.base import Adapter
 from ..execution.engine import Call, Term, cast
+from ..execution.marks import mark
 from ..execution.program import Program
 from ..execution.steps import Factors, Step
 
@@ -91,7 +92,7 @@ def prepared(
         prepare: makes it.
     """
     setting = (*setting, torch.is_inference_mode_enabled())
-    marks = [(t.data_ptr(), t._version) for t in sources]
+    marks = [mark(t) for t in sources]
     found = _PREPARED.get(layer)
     same = found is not None and found.setting == setting and found.marks == marks
     if found is None or not same or any([a() is not b for a, b in zip(found.sources, sources, strict=True)]):

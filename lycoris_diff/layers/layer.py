@@ -90,8 +90,7 @@ class AdaptedLayer(SeparateLayer):
             cheap = adapter.depends_on_weight and changes_cheaply(self.geometry, tokens)
             program = found if choice.mode == "beside" and not cheap else None
             sampled = found.last if found is not None and choice.sampled else None
-            changing = program is not None and adapter.depends_on_weight  # DoRA's rows follow its strength
-            if changing:
+            if program is not None and adapter.depends_on_weight:  # DoRA's rows follow its strength
                 return None
             term = Running(adapter, f, program, sampled, choice.folded).term(False, inner)
             light = light and not any(term.folded)

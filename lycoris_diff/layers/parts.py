@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.base import Adapter
+from ..execution.marks import mark
 from ..execution.recompute import recompute
 from ..functional import dora
 
@@ -57,7 +58,7 @@ def row_squares(weight: Tensor) -> Tensor:
     transient = torch.is_inference_mode_enabled() or weight.is_inference() or torch._C._are_functorch_transforms_active()
     if transient or torch.compiler.is_compiling():
         return compute()
-    storage, key = weight.untyped_storage(), (weight.data_ptr(), weight._version)
+    storage, key = weight.untyped_storage(), mark(weight)
     found = _ROW_SQUARES.get(storage)
     if found is None or found[0] != key:
         found = _ROW_SQUARES[storage] = key, compute()
