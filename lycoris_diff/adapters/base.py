@@ -6,16 +6,14 @@ there is one, how to apply the change without building it. A new algorithm is a 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
-from ..errors import AdapterError, CheckpointError
+from ..errors import AdapterError
 from ..execution.around import Around, Host
 from ..execution.engine import cast
 from ..execution.geometry import Geometry, geometry_of
@@ -24,6 +22,7 @@ from ..execution.program import Program
 from ..execution.steps import Factors
 from ..functional import dora
 from .config import AdapterConfig
+from .storage import FactorStore, expect_shapes
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ _DORA = "DoRA (weight_decompose)"
 LARGEST_STRENGTH = torch.finfo(torch.float32).max
 
 
-class Adapter(nn.Module):
+class Adapter(FactorStore):
     """Factors of one algorithm on one weight.
 
     Subclasses define `shapes`, `fits`, `reset`, `delta` and, if there is one, `program`. Factors are parameters under the
@@ -66,8 +65,6 @@ class Adapter(nn.Module):
     additive: ClassVar[bool] = True
     #: factor names by the order in which files list them; subclasses set it
     factor_names: ClassVar[tuple[str, ...]] = ()
-    #: names of integer factors, kept as buffers
-    index_names: ClassVar[tuple[str, ...]] = ()
     #: name of the DoRA magnitude, empty when the algorithm cannot be decomposed
     magnitude_name: ClassVar[str] = ""
     #: name of the factor that is added to the host's bias, empty when the algorithm leaves it alone
@@ -86,18 +83,12 @@ class Adapter(nn.Module):
     strength: Tensor
 
     def __init__(self, geometry: Geometry, config: AdapterConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        super().__init__()
+        super().__init__(shapes)
         self.geometry = geometry
         self.config = config
         self.scaling = config.scaling()
         self.register_buffer("strength", torch.ones(()), persistent=False)
-        self.factor_shapes = dict(shapes)
-        #: where each factor lives: a submodule (None is the adapter itself, which would be a reference to itself) and a name
-        self._owners: dict[str, tuple[nn.Module | None, str]] = {}
-        for name, shape in shapes.items():
-            self.add_factor(name, torch.empty(shape, dtype=torch.int32 if name in self.index_names else None))
         self._strength = 1.0
-        self._exact: dict[str, tuple[Tensor, int]] = {}
 
     # --- what an algorithm defines -----------------------------------------------------------------------------------
     @classmethod
@@ -228,51 +219,6 @@ class Adapter(nn.Module):
         """The compact coding of one layer's tensors; the default has none and changes nothing."""
         return dict(tensors)
 
-    # --- factors -----------------------------------------------------------------------------------------------------
-    def add_factor(self, name: str, value: Tensor) -> None:
-        """Register a factor: a parameter, or a buffer for integer values."""
-        owner: nn.Module = self
-        *path, leaf = name.split(".")
-        for part in path:
-            if part not in owner._modules:
-                owner.add_module(part, nn.Module())
-            owner = owner.get_submodule(part)
-        if value.is_floating_point():
-            owner.register_parameter(leaf, nn.Parameter(value))
-        else:
-            owner.register_buffer(leaf, value)
-        self._owners[name] = None if owner is self else owner, leaf
-
-    def factors(self) -> dict[str, Tensor]:
-        """Live factors by the names of the file's tensors; offloaded ones are brought to their device."""
-        live: dict[str, Any] = {}
-        for name, (submodule, leaf) in self._owners.items():
-            owner = self if submodule is None else submodule
-            live[name] = owner._parameters[leaf] if leaf in owner._parameters else owner._buffers[leaf]
-        if not any([t.is_meta for t in live.values()]):
-            return live
-        with contextlib.ExitStack() as stack:
-            for module in self.modules():
-                stack.enter_context(align_module_device(module))
-            return {name: self.get_tensor(name) for name in self.factor_shapes}
-
-    def get_tensor(self, name: str) -> Tensor:
-        """One factor by its file name."""
-        owner, _, leaf = name.rpartition(".")
-        return getattr(self.get_submodule(owner), leaf)
-
-    def keep_exact(self, values: Mapping[str, Tensor]) -> None:
-        """Remember a file's values, in their own dtype in host memory, for merging and saving what computes in less."""
-        self._exact = {k: (v.cpu(), self.get_tensor(k)._version) for k, v in values.items()}
-
-    def exact_factors(self) -> dict[str, Tensor]:
-        """Factors as stored in the file while the live ones are unchanged, else the live ones; on the live device."""
-        live = self.factors()
-        for name, (value, version) in self._exact.items():
-            if live[name]._version == version:
-                live[name] = value.to(live[name].device)
-        return live
-
     # --- strength ----------------------------------------------------------------------------------------------------
     @property
     def decomposed(self) -> bool:
@@ -384,23 +330,6 @@ def magnitude_shape(geometry: Geometry, axis: str) -> tuple[int, ...]:
     """Shape of DoRA's magnitude in LyCORIS' layout: ``(out, 1, ...)`` or ``(1, in, 1, ...)``."""
     ones = (1,) * len(geometry.kernel)
     return (geometry.out, 1, *ones) if axis == "out" else (1, geometry.inp, *ones)
-
-
-def expect_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse factors that differ from what is expected.
-
-    Raises:
-        CheckpointError: naming the tensor, its shape and the expected one.
-    """
-    for name in [*expected, *found]:
-        if name not in found:
-            raise CheckpointError(f"tensor {name!r} is missing; expected shape {tuple(expected[name])}")
-        if name not in expected:
-            raise CheckpointError(
-                f"tensor {name!r} of shape {tuple(found[name])} is not part of this adapter; expected {sorted(expected)}"
-            )
-        if tuple(found[name]) != tuple(expected[name]):
-            raise CheckpointError(f"tensor {name!r} has shape {tuple(found[name])}, expected {tuple(expected[name])}")
 
 
 Initialiser = Callable[[Tensor], Any]

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from ..errors import CheckpointError, ConfigError
 from ..execution.geometry import Geometry
 from ..execution.steps import Factors
-from .base import Adapter, Site, expect_shapes, fill
+from .base import Adapter, Site, fill
 from .config import AdapterConfig
 from .registry import register
+from .storage import expect_shapes
 
 
 @dataclass(init=False)

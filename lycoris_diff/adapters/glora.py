@@ -14,9 +14,10 @@ from ..execution.around import Around, Host, channels
 from ..execution.geometry import Geometry
 from ..execution.steps import Factors
 from ..functional import glora, lora
-from .base import Adapter, Site, expect_shapes, fill
+from .base import Adapter, Site, fill
 from .config import AlphaConfig
 from .registry import register
+from .storage import expect_shapes
 
 
 @dataclass(init=False)

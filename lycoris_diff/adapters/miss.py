@@ -94,6 +94,9 @@ class Miss(Adapter):
     def delta(self, f: Factors) -> Tensor:
         return miss.tile(f["miss_block"] * f["scale"], self.geometry.out, self.geometry.inp)
 
+    def add_delta(self, total: Tensor, f: Factors) -> Tensor:
+        return miss.add_tiled(total, (f["miss_block"] * f["scale"]).to(total.dtype))
+
     def change(self, base: Tensor, f: Factors) -> Tensor:
         return miss.bat(base.flatten(1), f["miss_block"].to(base.dtype)).view(base.shape)
 

@@ -13,9 +13,10 @@ from ..errors import CheckpointError
 from ..execution.geometry import Geometry
 from ..execution.norms import NormGeometry, norm_geometry_of
 from ..execution.steps import Factors
-from .base import Adapter, Site, expect_shapes, fill
+from .base import Adapter, Site, fill
 from .config import AdapterConfig
 from .registry import register
+from .storage import expect_shapes
 
 
 @dataclass(init=False)

@@ -19,9 +19,10 @@ from ..execution.program import Program
 from ..execution.sparse import Pattern, Sparse
 from ..execution.steps import Factor, Factors, times_scale
 from ..functional import shira
-from .base import Adapter, Site, expect_shapes
+from .base import Adapter, Site
 from .config import AdapterConfig
 from .registry import register
+from .storage import expect_shapes
 
 MaskFunction = Callable[..., Tensor]
 

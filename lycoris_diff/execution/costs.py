@@ -63,6 +63,16 @@ def folded(shape: tuple[int, ...], tokens: int) -> Folded:
     return Folded(tokens * shape[0] >= FOLD * size, tokens * shape[1] >= FOLD * size)
 
 
+def rides(shape: tuple[int, ...], tokens: int) -> bool:
+    """Whether a narrow product with the weight is better made by the layer's own, as more tokens, which copies its input.
+
+    Args:
+        shape: canonical weight ``(out, in, *k)``.
+        tokens: positions the weight is applied to.
+    """
+    return len(shape) == 2 and tokens <= shape[0]
+
+
 @dataclass(frozen=True)
 class Choice:
     """How an adapter runs and what the model thinks of it.

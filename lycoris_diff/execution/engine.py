@@ -21,6 +21,10 @@ from .program import Program, add_gradients, is_direct, learned, sampled_gradien
 from .rows import channel_view, rows_backward, scale_rows, sum_rows
 from .steps import Factors, Step
 
+#: the first step's output is kept for backward where it is at most this share of the input; of convolutions, whose base layer
+#: keeps the input anyway, twice that
+KEPT = 0.25
+
 AddChange = Callable[[Tensor, Tensor, Factors], Tensor]
 
 
@@ -108,6 +112,11 @@ class Call:
         """Programs with their factors in the dtype of the operation, and what of them is folded."""
         return [(t.program, cast(f, self.dtype), t.folded) for t, f in self.split(tensors) if t.program is not None]
 
+    def worth_keeping(self, x: Tensor, z: Tensor | None) -> Tensor | None:
+        """The first step's output on ``x`` if it is small enough to be kept for backward, else None."""
+        limit = (2 if self.geometry.kernel else 1) * KEPT * x.numel()
+        return z if z is not None and z is not x and z.numel() <= limit else None
+
     def plain(self, x: Tensor, weight: Tensor, bias: Tensor | None, row: Tensor | None, *tensors: Tensor) -> Tensor:
         """The same result in plain differentiable operations."""
         geo = self.geometry
@@ -159,11 +168,6 @@ def adapted(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, row: Ten
     return _run(call, x, weight, bias, row, tensors)[0]
 
 
-#: the first step's output is kept for backward where it is at most this share of the input; of convolutions, whose base layer
-#: keeps the input anyway, twice that
-KEPT = 0.25
-
-
 def _run(call: Call, x, weight, bias, row, tensors) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
     """Output, the unscaled output when rows are scaled, and of every program the first step's output or, folded, None.
 
@@ -187,8 +191,7 @@ class _Adapted(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call: Call, x, weight, bias, row, *tensors):
         y, unscaled, started = _run(call, x, weight, bias, row, tensors)
-        limit = (2 if call.geometry.kernel else 1) * KEPT * x.numel()
-        kept = [z if z is not None and z is not x and z.numel() <= limit else None for z in started]
+        kept = [call.worth_keeping(x, z) for z in started]
         ctx.set_materialize_grads(False)
         ctx.call, ctx.factors = call, len(tensors)
         ctx.save_for_backward(x, weight, bias, row, unscaled, *tensors, *kept)
@@ -202,7 +205,7 @@ class _Adapted(torch.autograd.Function):
         if grad is None:
             return (None,) * (1 + len(needs))
         if torch.is_grad_enabled():
-            return None, *_differentiable_backward(ctx.call, (x, weight, bias, row, *tensors), needs, grad)
+            return None, *differentiable_backward(ctx.call.plain, (x, weight, bias, row, *tensors), needs, grad)
         grad = grad.contiguous()
         g_row = None
         g_bias = sum_rows(grad).to(bias.dtype) if needs[2] else None
@@ -282,10 +285,10 @@ def _gradients(call: Call, x, weight, tensors, kept, needs, grad):
     return [next(found) if n else None for n in wanted], pushes, g_x
 
 
-def _differentiable_backward(call: Call, tensors, needs, grad):
-    """Backward under ``create_graph=True``: gradient of the plain form, itself differentiable."""
+def differentiable_backward(plain: Callable[..., Tensor], tensors, needs, grad):
+    """Backward under ``create_graph=True``: gradients of a plain form of some tensors, themselves differentiable."""
     with torch.enable_grad():
         wanted = [t for t, need in zip(tensors, needs) if need]
-        y = call.plain(*tensors)
+        y = plain(*tensors)
         grads = iter(torch.autograd.grad(y, wanted, grad, create_graph=True, allow_unused=True))
     return [next(grads) if need else None for need in needs]

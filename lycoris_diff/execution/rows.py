@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from .marks import mark
 
 #: numbers in a block whose operations run one after the other while it is in a cache
 BLOCK = 2**17
@@ -25,21 +30,46 @@ def sum_rows(t: Tensor) -> Tensor:
     return t.sum([d for d in range(t.dim()) if d != 1])
 
 
-def rows_backward(grad: Tensor, unscaled: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+def rows_backward(grad: Tensor, unscaled: Tensor, row: Tensor, room: int = 0) -> tuple[Tensor, Tensor]:
     """Gradients of ``row`` and of ``unscaled`` in `scale_rows`; on a processor a block of tokens after the other.
 
     Args:
         grad: of the output, ``(tokens, out)`` or ``(batch, out, *space)``, as ``unscaled``.
         row: ``(out,)``.
+        room: the second gradient has so many more tokens, to be written to; on a processor only.
     """
     factor = channel_view(row, grad)
     if grad.dim() > 2 or grad.device.type != "cpu":
         return sum_rows(grad * unscaled), grad * factor
     wide = torch.promote_types(grad.dtype, torch.float32)
-    total = grad.new_zeros(grad.shape[1], dtype=wide)
-    scaled = torch.empty_like(grad)
+    scaled = grad.new_empty(len(grad) + room, grad.shape[1])
     step = max(1, BLOCK // grad.shape[1])
-    for g, u, s in zip(grad.split(step), unscaled.split(step), scaled.split(step)):
+    if step >= len(grad):
+        torch.mul(grad, factor, out=scaled[: len(grad)])
+        return (grad * unscaled).sum(0, dtype=wide), scaled
+    total = grad.new_zeros(grad.shape[1], dtype=wide)
+    for g, u, s in zip(grad.split(step), unscaled.split(step), scaled[: len(grad)].split(step)):
         total += (g * u).sum(0, dtype=wide)
         torch.mul(g, factor, out=s)
     return total, scaled
+
+
+def row_squares(weight: Tensor) -> Tensor:
+    """Squared norm of every row in float32 or better, ``(out,)``; remembered for as long as the weight does not change."""
+
+    def compute() -> Tensor:
+        work = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        return torch.linalg.vector_norm(work.flatten(1), dim=1).square()
+
+    transient = torch.is_inference_mode_enabled() or weight.is_inference() or torch._C._are_functorch_transforms_active()
+    if transient or torch.compiler.is_compiling():
+        return compute()
+    storage, key = weight.untyped_storage(), mark(weight)
+    found = _ROW_SQUARES.get(storage)
+    if found is None or found[0] != key:
+        found = _ROW_SQUARES[storage] = key, compute()
+    return found[1]
+
+
+#: squared row norms by the weight's storage, with the position and version they belong to
+_ROW_SQUARES: weakref.WeakKeyDictionary[torch.UntypedStorage, tuple[Any, Tensor]] = weakref.WeakKeyDictionary()

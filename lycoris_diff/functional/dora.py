@@ -20,7 +20,17 @@ def norms(weight: Tensor, axis: str) -> Tensor:
 
 def row_factors(magnitude: Tensor, squares: Tensor) -> Tensor:
     """``magnitude / sqrt(squares)``, the factor of every output row ``(out,)``; of a row that is all zero it is finite."""
-    return magnitude.reshape(-1).to(squares.dtype) * squares.clamp_min(torch.finfo(squares.dtype).tiny).rsqrt()
+    return magnitude.reshape(-1).to(squares.dtype) * inverse_roots(squares)
+
+
+def inverse_roots(squares: Tensor) -> Tensor:
+    """``1 / sqrt(squares)``; of zero it is finite."""
+    return squares.clamp_min(torch.finfo(squares.dtype).tiny).rsqrt()
+
+
+def row_slopes(row: Tensor, squares: Tensor) -> Tensor:
+    """Twice the derivative of `row_factors` by the squares, ``-row / squares``; 0 where they do not count."""
+    return torch.where(squares > torch.finfo(squares.dtype).tiny, row / -squares, 0.0)
 
 
 def decompose(merged: Tensor, magnitude: Tensor, axis: str) -> Tensor:

@@ -15,7 +15,21 @@ def tile(block: Tensor, out: int, inp: int) -> Tensor:
     r, s = block.shape[:2]
     rows = block.transpose(0, 1)
     wide = torch.cat([rows] * -(-inp // r), dim=1)[:, :inp]
-    return torch.cat([wide] * (out // s), dim=0)
+    return torch.cat([wide] * (out // s), dim=0) if s < out else wide
+
+
+def add_tiled(total: Tensor, block: Tensor) -> Tensor:
+    """``total + tile(block, *total.shape[:2])`` in one pass, without the repeated block; total is ``(out, inp, *k)``."""
+    r, s = block.shape[:2]
+    out, inp, *kernel = total.shape
+    rows = block.transpose(0, 1).contiguous()
+    whole = inp - inp % r
+    tiles = total[:, :whole].reshape(out // s, s, whole // r, r, *kernel) + rows.unsqueeze(1)
+    added = tiles.reshape(out, whole, *kernel)
+    if whole == inp:
+        return added
+    tail = total[:, whole:].unflatten(0, (-1, s)) + rows[:, : inp - whole]
+    return torch.cat([added, tail.flatten(0, 1)], dim=1)
 
 
 def bat(weight: Tensor, block: Tensor) -> Tensor:

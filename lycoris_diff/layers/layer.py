@@ -9,13 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.base import Adapter
+from ..execution.costs import NOWHERE, folded, rides
 from ..execution.engine import Call, Term, adapted
+from ..execution.lengths import Lengths, factors_of, lengthened
+from ..execution.narrow import narrowed
+from ..execution.program import Program
 from .frozen import Ready, frozen, prepared, settled
 from .light import Parts, changes_cheaply, has_little_weight, is_small, keeps_little, run_light
 from .parts import bias_change, plus, row_factor
 from .plans import Plan
 from .samples import Samples
-from .separate import Active, Running, SeparateLayer, compute_dtype, masked, module_dropout, varied
+from .separate import Active, Running, SeparateLayer, compute_dtype, is_exact, masked, module_dropout, varied
 
 
 class AdaptedLayer(SeparateLayer):
@@ -70,7 +74,8 @@ class AdaptedLayer(SeparateLayer):
         scales = [adapter.known_scale for adapter in adapters]
         if None in scales or (self.training and any([varied(adapter) for adapter in adapters])):
             return None
-        key = names, x.shape, x.dtype, self.training, *scales, *[adapter.program_key() for adapter in adapters]
+        kinds = [(adapter.program_key(), adapter.decomposed and adapter.get_strength()) for adapter in adapters]
+        key = names, x.shape, x.dtype, self.training, *scales, *kinds
         if key in self.plans:
             return self.plans[key]
         return self.plans.keep(key, self._find(list(zip(adapters, scales)), x))  # type: ignore[arg-type]
@@ -90,8 +95,8 @@ class AdaptedLayer(SeparateLayer):
             cheap = adapter.depends_on_weight and changes_cheaply(self.geometry, tokens)
             program = found if choice.mode == "beside" and not cheap else None
             sampled = found.last if found is not None and choice.sampled else None
-            if program is not None and adapter.depends_on_weight:  # DoRA's rows follow its strength
-                return None
+            if program is not None and adapter.depends_on_weight:
+                return self._lengthening(adapter, scale, program, inner) if len(adapters) == 1 else None
             term = Running(adapter, f, program, sampled, choice.folded).term(False, inner)
             light = light and not any(term.folded)
             if program is None:
@@ -104,6 +109,20 @@ class AdaptedLayer(SeparateLayer):
             terms.append(term)
         return Plan(parts, None if light else Call(self.geometry, tuple(terms), x.dtype))
 
+    def _lengthening(self, adapter: Adapter, scale: float, program: Program, x: Tensor) -> Plan | None:
+        """How DoRA runs alone where its change is a product of two factors and its rows are scaled; None elsewhere."""
+        rows = adapter.decomposed and adapter.config.dora_axis == "out" and adapter.get_strength() == 1.0  # type: ignore[attr-defined]
+        product = factors_of(program) if rows else None
+        if product is None:
+            return None
+        geo, tokens, exact = self.geometry, self.geometry.tokens(x), is_exact(x)
+        change = lambda total, base, f: adapter.add_delta(total, f)
+        folds = folded(geo.shape, tokens) if exact and program.foldable else NOWHERE
+        term = Term(tuple(adapter.factors()), change, narrowed(program, geo, x), scale=scale, folded=folds)
+        ride = exact and rides(geo.shape, tokens) and all([t.dtype is x.dtype for t in adapter.factors().values()])
+        lengths = Lengths(adapter.magnitude_name, *product, ride)
+        return Plan([(adapter, program, scale)], Call(geo, (term,), x.dtype), lengths)
+
     def _planned(self, plan: Plan, x: Tensor) -> Tensor:
         geo = self.geometry
         parameters: Any = self._modules["base_layer"]._parameters  # type: ignore[union-attr]
@@ -114,7 +133,10 @@ class AdaptedLayer(SeparateLayer):
         tensors: list[Tensor] = []
         for (adapter, *_), term in zip(plan.parts, plan.call.terms):
             tensors += (adapter.inputs() if term.scale is None else adapter.factors()).values()
-        return geo.leave(adapted(plan.call, inner, geo.canonical(weight), bias, None, tensors), lead)
+        weight = geo.canonical(weight)
+        if plan.lengths is not None:
+            return geo.leave(lengthened(plan.call, plan.lengths, inner, weight, bias, tensors), lead)
+        return geo.leave(adapted(plan.call, inner, weight, bias, None, tensors), lead)
 
     def _all_around(self, names: Sequence[str], x: Tensor) -> bool:
         """Whether nothing but changes that are better made on the layer's input or output is to run."""

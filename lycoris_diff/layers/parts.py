@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..adapters.base import Adapter
-from ..execution.marks import mark
 from ..execution.recompute import recompute
+from ..execution.rows import row_squares
 from ..functional import dora
 
 
@@ -46,24 +44,3 @@ def row_factor(adapter: Adapter, weight: Tensor, f: dict[str, Tensor]) -> Tensor
     if adapter.small_row_statistics:
         return compute(weight.detach(), *f.values())
     return recompute(compute, weight.detach(), *f.values())
-
-
-def row_squares(weight: Tensor) -> Tensor:
-    """Squared norm of every row in float32 or better, ``(out,)``; remembered for as long as the weight does not change."""
-
-    def compute() -> Tensor:
-        work = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        return torch.linalg.vector_norm(work.flatten(1), dim=1).square()
-
-    transient = torch.is_inference_mode_enabled() or weight.is_inference() or torch._C._are_functorch_transforms_active()
-    if transient or torch.compiler.is_compiling():
-        return compute()
-    storage, key = weight.untyped_storage(), mark(weight)
-    found = _ROW_SQUARES.get(storage)
-    if found is None or found[0] != key:
-        found = _ROW_SQUARES[storage] = key, compute()
-    return found[1]
-
-
-#: squared row norms by the weight's storage, with the position and version they belong to
-_ROW_SQUARES: weakref.WeakKeyDictionary[torch.UntypedStorage, tuple[Any, Tensor]] = weakref.WeakKeyDictionary()

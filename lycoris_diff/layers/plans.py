@@ -6,6 +6,7 @@ from collections.abc import Hashable
 from typing import NamedTuple
 
 from ..execution.engine import Call
+from ..execution.lengths import Lengths
 from .light import Parts
 
 #: kinds of input, a layer
@@ -18,10 +19,12 @@ class Plan(NamedTuple):
     Attributes:
         parts: the adapters with the programs that they run beside the layer, and their scales.
         call: the fused operation that they make; None for plain ones.
+        lengths: how the operation's rows get theirs (DoRA), where they do.
     """
 
     parts: Parts
     call: Call | None
+    lengths: Lengths | None = None
 
 
 class Plans(dict[Hashable, Plan | None]):

@@ -216,9 +216,7 @@ class SeparateLayer(MergeableLayer):
         shape, tokens = self.geometry.shape, self.geometry.tokens(x)
         if torch.compiler.is_compiling():  # compilers look through a cache, with a warning
             return choose(shape, tokens, training, cost, width, sampled_cost=sampled), program
-        # in a half precision the sum would lose what is small beside the weight
-        exact = x.device.type == DEVICE and x.dtype in DTYPES
-        foldable = exact and program is not None and program.foldable and not adapter.depends_on_weight
+        foldable = is_exact(x) and program is not None and program.foldable and not adapter.depends_on_weight
         return _choose(shape, tokens, training, cost, width, sampled_cost=sampled, foldable=foldable), program
 
     def _row_mask(self, adapter: Adapter, out: Tensor) -> Tensor:
@@ -256,6 +254,11 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     """Dtype an operation on ``x`` runs in: autocast's where it is on, else the input's."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def is_exact(x: Tensor) -> bool:
+    """Whether changes may run through the weight: in a half precision the sum would lose what is small beside it."""
+    return x.device.type == DEVICE and x.dtype in DTYPES
 
 
 def _trains(adapter: Adapter) -> bool:
