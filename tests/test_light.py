@@ -12,7 +12,7 @@ from test_around import results
 from torch import nn
 
 from lycoris_diff import AdapterError, LoHaConfig, LoKrConfig, LoraConfig, inject_adapter
-from lycoris_diff.execution import engine
+from lycoris_diff.execution import engine, lengths
 from lycoris_diff.layers import light
 from lycoris_diff.layers.plans import KINDS
 
@@ -35,6 +35,7 @@ def ran(monkeypatch):
 
     monkeypatch.setattr(layer, "run_light", counted("light", light, "run_light"))
     monkeypatch.setattr(layer, "adapted", counted("fused", engine, "adapted"))
+    monkeypatch.setattr(layer, "lengthened", counted("fused", lengths, "lengthened"))
     return counts
 
 

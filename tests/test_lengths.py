@@ -1,0 +1,236 @@
+"""DoRA over LoRA as one operation of formulas: output and every gradient against a dense rebuild, in every way it runs."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import oracles
+import pytest
+import torch
+from cases import ALGORITHMS, adapt, make_input, make_layer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from more_adapters import filled
+from test_around import results
+from test_folded import kept
+from torch import nn
+
+from lycoris_diff import LoraConfig
+from lycoris_diff.execution import lengths
+from lycoris_diff.execution.costs import NOWHERE, Folded, rides
+from lycoris_diff.layers import layer as layers
+from lycoris_diff.layers import separate
+
+#: whether narrow products ride along, and what runs through the changed weight
+WAYS = {
+    "riding": (True, NOWHERE),
+    "reading": (False, NOWHERE),
+    "folded": (False, Folded(True, True)),
+    "riding-back": (True, Folded(True, False)),
+    "riding-there": (True, Folded(False, True)),
+}
+HOSTS = [
+    "linear",
+    "linear-nobias",
+    "hf-conv1d",
+    "conv1d-zeros",
+    "conv2d-1x1",
+    "conv2d-stride2",
+    "conv2d-reflect",
+    "conv3d-zeros",
+]
+
+
+def take(patch: pytest.MonkeyPatch, way: str) -> list:
+    """From now on layers of any size run in that way; returned is a list that grows with every call of the operation."""
+    ride, folds = WAYS[way]
+    choose, run, calls = separate.choose, lengths.lengthened, []
+    patch.setattr("lycoris_diff.layers.light.SMALL", 0)
+    patch.setattr("lycoris_diff.layers.light.LITTLE", 0)
+    patch.setattr(separate, "_choose", lambda *args, **more: dataclasses.replace(choose(*args, **more), mode="beside"))
+    patch.setattr(layers, "rides", lambda shape, tokens: ride and len(shape) == 2)
+    patch.setattr(layers, "folded", lambda shape, tokens: folds)
+    patch.setattr(layers, "lengthened", lambda *args: calls.append(args) or run(*args))
+    return calls
+
+
+@pytest.fixture(params=WAYS)
+def calls(request, monkeypatch):
+    return take(monkeypatch, request.param)
+
+
+def dora(host, **fields):
+    """A model with that layer, filled, in float64 like its layer."""
+    config = ALGORITHMS["lora-dora"](**fields)
+    model, adapted = adapt(host, config, "a")
+    model.set_adapter("a")
+    return filled(model, 0.3), adapted
+
+
+def rebuilt(adapted, x):
+    """As `results`, from one dense float64 weight."""
+    base, adapter = adapted.base_layer, adapted.adapter("a")
+    leaves = {name: adapter.get_tensor(name).detach().double().requires_grad_() for name in adapter.factor_shapes}
+    weight = adapted.geometry.canonical(base.weight.double())
+    delta = oracles.lora(leaves, adapter.scaling, tuple(weight.shape))
+    change = oracles.dora(weight, delta, leaves["lora_magnitude_vector"], "out")
+    state = {"weight": adapted.geometry.stored(weight + change)}
+    if base.bias is not None:
+        state["bias"] = base.bias.double()
+    x = x.detach().double().requires_grad_()
+    y = torch.func.functional_call(base, state, (x,))
+    found = torch.autograd.grad(y.square().sum(), [x, *leaves.values()])
+    return y.detach(), found[0], dict(zip(leaves, found[1:], strict=True))
+
+
+def found(model, x):
+    """`results` with the gradients under the factors' names, in float64."""
+    y, g_x, grads = results(model, x)
+    return y.double(), g_x.double(), {name.partition(".adapters.a.")[2]: value.double() for name, value in grads.items()}
+
+
+def compare(model, adapted, x, **tolerance):
+    torch.testing.assert_close(found(model, x), rebuilt(adapted, x), **tolerance)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_same_function(host, calls):
+    model, adapted = dora(make_layer(host))
+    compare(model, adapted, make_input(adapted.base_layer), rtol=1e-10, atol=1e-10)
+    assert len(calls) == 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(list(WAYS)), *[st.integers(1, 40)] * 3, st.integers(0, 40), st.booleans(), st.floats(0.1, 9))
+def test_any_sizes(way, inp, out, rank, tokens, bias, alpha):
+    layer = nn.Linear(inp, out, bias=bias, dtype=torch.float64).requires_grad_(False)
+    with pytest.MonkeyPatch.context() as patch:
+        calls = take(patch, way)
+        model, adapted = dora(layer, r=min(rank, inp, out), lora_alpha=alpha)
+        compare(model, adapted, torch.randn(tokens, inp, dtype=torch.float64), rtol=1e-8, atol=1e-8)
+        assert len(calls) == 1
+
+
+def test_derivatives(calls):
+    """By finite differences, of the second order as well."""
+    _, adapted = dora(make_layer("linear"), r=2)
+    names, values = zip(*((n, p) for n, p in adapted.named_parameters() if p.requires_grad), strict=True)
+    x = make_input(adapted.base_layer)[:1].requires_grad_()
+
+    def run(x, *values):
+        return torch.func.functional_call(adapted, dict(zip(names, values, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(run, (x, *values))
+    assert torch.autograd.gradgradcheck(run, (x, *values))
+    assert calls
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+def test_other_dtypes(dtype, tolerance, calls):
+    """Factors in float32; what is rounded to a half precision is the input, the output and what runs beside."""
+    model, adapted = dora(make_layer("linear", dtype))
+    x = make_input(adapted.base_layer)
+    (*ours, grads), (*theirs, expected) = found(model, x), rebuilt(adapted, x)
+    assert grads.keys() == expected.keys() and len(calls) == 1
+    for value, other in [*zip(ours, theirs, strict=True), *((grads[name], expected[name]) for name in grads)]:
+        assert (value - other).norm() <= tolerance * other.norm()
+    assert model(x).dtype is dtype
+
+
+def test_factors_in_another_dtype(calls):
+    model, adapted = dora(make_layer("linear"))
+    for parameter in adapted.adapters.parameters():
+        parameter.data = parameter.data.float()
+    compare(model, adapted, make_input(adapted.base_layer), rtol=1e-5, atol=1e-5)
+    assert not calls[0][1].ride
+
+
+@pytest.mark.parametrize("trained", ["lora_A.weight", "lora_B.weight", "lora_magnitude_vector", "x", ""])
+def test_only_one_is_trained(trained, calls):
+    model, adapted = dora(make_layer("linear"))
+    x = make_input(adapted.base_layer)
+    y, g_x, grads = rebuilt(adapted, x)
+    for name in adapted.adapter("a").factor_shapes:
+        adapted.adapter("a").get_tensor(name).requires_grad_(name == trained)
+    x.requires_grad_(trained == "x")
+    ours = model(x)
+    torch.testing.assert_close(ours.detach(), y)
+    assert len(calls) == 1 and ours.requires_grad == bool(trained)
+    if trained:
+        leaf, expected = (x, g_x) if trained == "x" else (adapted.adapter("a").get_tensor(trained), grads[trained])
+        [gradient] = torch.autograd.grad(ours.square().sum(), [leaf])
+        torch.testing.assert_close(gradient, expected)
+
+
+def test_a_row_of_zeros(calls):
+    """It stays zero, and gives nothing that is not finite."""
+    model, adapted = dora(make_layer("linear"))
+    with torch.no_grad():
+        adapted.base_layer.weight[3] = 0
+        adapted.adapter("a").get_tensor("lora_B.weight")[3] = 0
+    x = make_input(adapted.base_layer)
+    y, g_x, grads = results(model, x)
+    assert torch.equal(y[..., 3], adapted.base_layer.bias[3].expand_as(y[..., 3]))
+    assert all(bool(torch.isfinite(t).all()) for t in (g_x, *grads.values())) and calls
+
+
+def test_another_strength(calls):
+    """Rows are scaled at full strength alone; a plan of the one is not taken for the other."""
+    model, adapted = dora(make_layer("linear"))
+    x = make_input(adapted.base_layer)
+    full, base = model(x), adapted.base_layer(x)
+    model.set_scale("a", 0.5)
+    torch.testing.assert_close(model(x), (full + base) / 2)
+    assert len(calls) == 1
+    model.set_scale("a", 1.0)
+    torch.testing.assert_close(model(x), full)
+    assert len(calls) == 2
+
+
+def test_beside_another(calls):
+    model, _ = dora(make_layer("linear"))
+    model.add_adapter("b", LoraConfig(r=4, target_modules=["layer"]))
+    model.set_adapter(["a", "b"])
+    model(make_input(model.get_base_model().layer.base_layer))
+    assert not calls
+
+
+@pytest.mark.parametrize("host", ["linear", "conv2d-zeros"])
+def test_tucker_and_other_algorithms(host, calls):
+    """They have no plain product, or an axis of their own: they run as before."""
+    for name in ("lora-tucker-dora", "lora-dora-in", "loha-dora", "lokr-dora"):
+        model, adapted = adapt(make_layer(host), ALGORITHMS[name](), "a")
+        model.set_adapter("a")
+        model(make_input(adapted.base_layer))
+    assert len(calls) == (1 if host == "linear" else 0)  # where there is no kernel, a Tucker form is a plain one
+
+
+def test_changed_weight(calls):
+    """What is remembered of the base weight is forgotten when that changes."""
+    model, adapted = dora(make_layer("linear"))
+    x = make_input(adapted.base_layer)
+    model(x)
+    with torch.no_grad():
+        adapted.base_layer.weight.mul_(2)
+    compare(model, adapted, x, rtol=1e-10, atol=1e-10)
+
+
+def test_what_is_kept(calls):
+    """The input, the output before its rows are scaled, and a few numbers a row."""
+    model, _ = dora(nn.Linear(96, 128).requires_grad_(False), r=4)
+    x = torch.randn(300, 96, requires_grad=True)
+    assert sum(kept(model, x)) <= 300 * 128 + 300 * 4 + 128 * (4 + 3)
+
+
+def test_where_they_ride():
+    assert rides((320, 320), 320) and not rides((320, 320), 321)
+    assert not rides((320, 320, 3, 3), 1)
+
+
+def test_half_precision_reads_the_weight_itself():
+    """In the layer's own products the norms would be sums of what is rounded to eight bits."""
+    model, _ = dora(nn.Linear(300, 300).bfloat16().requires_grad_(False))
+    with pytest.MonkeyPatch.context() as patch:
+        calls = take(patch, "riding")
+        model(torch.randn(4, 300, dtype=torch.bfloat16))
+    assert len(calls) == 1 and not calls[0][1].ride and calls[0][0].terms[0].folded == NOWHERE
