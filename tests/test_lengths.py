@@ -155,7 +155,7 @@ def test_only_one_is_trained(trained, calls):
     x.requires_grad_(trained == "x")
     ours = model(x)
     torch.testing.assert_close(ours.detach(), y)
-    assert len(calls) == 1 and ours.requires_grad == bool(trained)
+    assert len(calls) == (trained not in ("x", "")) and ours.requires_grad == bool(trained)  # frozen ones are prepared once
     if trained:
         leaf, expected = (x, g_x) if trained == "x" else (adapted.adapter("a").get_tensor(trained), grads[trained])
         [gradient] = torch.autograd.grad(ours.square().sum(), [leaf])

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 #: channels of an output below which a product with a transposed view of a weight is slow in MKL
 NARROW = 16
+#: rows from which that costs more than a copy of the weight
+MANY = 256
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _CONV_LAYERS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 
@@ -157,10 +159,12 @@ class Geometry:
     def accumulated(self, y: Tensor, h: Tensor, weight: Tensor, groups: int = 1) -> Tensor:
         """``y + pointwise(h, weight, groups)``, differentiable, in the memory of a contiguous ``y`` that nothing else needs."""
         b, q = weight.shape
-        if not self.kernel and groups == 1:
-            return y.addmm_(h, weight.T)
         if not self.kernel:
-            return given_up(y, -1, b).addmm_(h.reshape(-1, q), weight.T).view(y.shape)
+            h = h if groups == 1 else h.reshape(-1, q)
+            total = y if groups == 1 else given_up(y, -1, b)
+            # as a copy, its gradient is the product with few rows, not with few columns
+            copied = q < NARROW and h.shape[0] >= MANY and h.device.type == "cpu"
+            return total.addmm_(h, weight.T.contiguous() if copied else weight.T).view(y.shape)
         batch, size = y.shape[0] * groups, prod(y.shape[2:])
         return plus_on_every(given_up(y, batch, b, size), weight, h.reshape(batch, q, size)).view(y.shape)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from .costs import Folded
 from .engine import Call, Term, cast, differentiable_backward
 from .narrow import times_narrow
 from .program import Program
-from .rows import row_squares, rows_backward, scale_rows, sum_rows
+from .rows import row_squares, rows_backward, scale_rows, sum_products, sum_rows
 from .steps import Conv, Factor, Factors, Pointwise
 
 
@@ -48,7 +49,8 @@ def factors_of(program: Program) -> tuple[Factor, Factor] | None:
     """The product's two factors, ``up`` first, if a factored form is nothing but one on all channels at once; else None."""
     up, down = program.last.weight, None if program.first is None else program.first.weight
     plain = all([type(step) in (Pointwise, Conv) and step.groups == 1 for step in (program.first, program.last)])  # type: ignore
-    return (up, down) if plain and program.mid is None and isinstance(up, Factor) and isinstance(down, Factor) else None
+    known = isinstance(up, Factor) and isinstance(down, Factor) and not up.swapped
+    return (up, down) if plain and known and program.mid is None else None  # type: ignore[return-value]
 
 
 def lengthened(call: Call, how: Lengths, x: Tensor, weight: Tensor, bias: Tensor | None, tensors: Sequence[Tensor]) -> Tensor:
@@ -65,8 +67,29 @@ def _of(term: Term) -> tuple[Program, Folded]:
     return term.program, term.folded
 
 
-def _run(call: Call, how: Lengths, x: Tensor, weight: Tensor, bias: Tensor | None, tensors: Sequence[Tensor]) -> tuple:
-    """Output, output before scaling, row factors, two vectors for their gradients, ``W' down^T``, the first step's output."""
+class State(NamedTuple):
+    """What is found on the way to the output.
+
+    Attributes:
+        unscaled: the output before its rows are scaled.
+        row: the factor of every row.
+        inverse: it by its magnitude.
+        slope: twice its derivative by the square of its length.
+        changed: ``(W + up down) down^T``.
+        started: output of the first step, where there is one.
+    """
+
+    unscaled: Tensor
+    row: Tensor
+    inverse: Tensor
+    slope: Tensor
+    changed: Tensor
+    started: Tensor | None
+
+
+def _run(
+    call: Call, how: Lengths, x: Tensor, weight: Tensor, bias: Tensor | None, tensors: Sequence[Tensor]
+) -> tuple[Tensor, State]:
     geo, [(term, own)] = call.geometry, call.split(tensors)
     program, folded = _of(term)
     f = cast(own, call.dtype)
@@ -81,11 +104,16 @@ def _run(call: Call, how: Lengths, x: Tensor, weight: Tensor, bias: Tensor | Non
         y = y if y.is_contiguous() else y.contiguous()
     if z is not None:
         program.finish_(geo, y, z, f)
-    changed = torch.addmm(turned, up, down @ down.T)  # the changed weight's product with down
+    changed = torch.addmm(turned, up, down @ down.T)
     squares = row_squares(weight) + ((changed + turned) * up).sum(1)
     inverse = dora.inverse_roots(squares)
     row = own[how.magnitude].reshape(-1).to(squares.dtype) * inverse
-    return scale_rows(y, row, bias), y, row, inverse, dora.row_slopes(row, squares), changed, z
+    return scale_rows(y, row, bias), State(y, row, inverse, dora.row_slopes(row, squares), changed, z)
+
+
+def _like(row: Tensor, weight: Tensor) -> Tensor:
+    """A vector over rows, shaped to broadcast over a weight ``(out, ...)`` and in its dtype."""
+    return row.view(-1, *[1] * (weight.dim() - 1)).to(weight.dtype)
 
 
 def _plain(call: Call, how: Lengths, x: Tensor, weight: Tensor, bias: Tensor | None, *tensors: Tensor) -> Tensor:
@@ -101,52 +129,69 @@ class _Lengthened(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, call: Call, how: Lengths, x, weight, bias, *tensors):
-        y, *state, z = _run(call, how, x, weight, bias, tensors)
+        y, state = _run(call, how, x, weight, bias, tensors)
         ctx.set_materialize_grads(False)
         ctx.call, ctx.how = call, how
-        ctx.save_for_backward(x, weight, bias, *state, call.worth_keeping(x, z), *tensors)
+        kept = state._replace(started=call.worth_keeping(x, state.started))
+        ctx.save_for_backward(x, weight, bias, *kept, *tensors)
         return y
 
     @staticmethod
     def backward(ctx, grad):
         call, how, needs = ctx.call, ctx.how, ctx.needs_input_grad[2:]
-        x, weight, bias, unscaled, row, inverse, slope, changed, z, *tensors = ctx.saved_tensors
+        x, weight, bias, *rest = ctx.saved_tensors
+        state, tensors = State(*rest[: len(State._fields)]), rest[len(State._fields) :]
         if grad is None:
             return (None,) * (2 + len(needs))
         if torch.is_grad_enabled():
             plain = lambda *given: _plain(call, how, *given)
             return None, None, *differentiable_backward(plain, (x, weight, bias, *tensors), needs, grad)
-        geo, [(term, own)] = call.geometry, call.split(tensors)
-        program, folded = _of(term)
-        f = cast(own, call.dtype)
-        up, down = how.product(own, call.dtype)
-        tokens, beside = grad.shape[0], needs[0] and not folded.backward
-        ride = how.ride and beside
         grad = grad.contiguous()
         g_bias = sum_rows(grad).to(bias.dtype) if needs[2] else None
-        g_row, scaled = rows_backward(grad, unscaled, row, down.shape[0] if ride else 0)
-        grad = scaled[:tokens] if ride else scaled
-        wanted = [name for name, need in zip(term.names, needs[3:]) if need]
-        found, gz = program.backward_direct(geo, x, z, f, wanted, grad, beside)
-
-        steep = (g_row * slope).unsqueeze(1)
-        sloped = steep * up
-        g_x = None
-        if ride:
-            scaled[tokens:] = sloped.T
-            both = scaled @ weight.to(call.dtype)
-            g_x, below = both[:tokens], both[tokens:]
-        else:
-            below = sloped.T @ weight.flatten(1).to(up.dtype)
-            if needs[0]:
-                g_x, _ = geo.gradients(grad, x, call.weight(weight, tensors, "backward"), True, False)
-        if g_x is not None and beside:
-            g_x = g_x if g_x.is_contiguous() else g_x.contiguous()
-            program.push_(geo, g_x, x, f, gz)
-        for factor, gradient in ((how.up, steep * changed), (how.down, torch.addmm(below, sloped.T @ up, down))):
-            if factor.name in found:
-                found[factor.name] = found[factor.name].to(gradient.dtype) + factor.pull(own, gradient)
-        if how.magnitude in wanted:
-            found[how.magnitude] = (g_row * inverse).view(own[how.magnitude].shape)
-        g_tensors = [found[name].to(own[name].dtype) if name in found else None for name in term.names]
+        g_x, g_tensors = _backward(call, how, x, weight, state, tensors, needs, grad)
         return None, None, g_x, None, g_bias, *g_tensors
+
+
+def _backward(call: Call, how: Lengths, x: Tensor, weight: Tensor, state: State, tensors, needs, grad: Tensor):
+    """Gradient of the input and of every factor."""
+    unscaled, row, inverse, slope, changed, z = state
+    geo, [(term, own)] = call.geometry, call.split(tensors)
+    program, folded = _of(term)
+    f, (up, down) = cast(own, call.dtype), how.product(own, call.dtype)
+    wanted = [name for name, need in zip(term.names, needs[3:]) if need]
+    beside = needs[0] and not folded.backward
+    ride = how.ride and beside
+    if folded.backward:  # the rows of what the gradient is multiplied with are scaled, not those of the gradient
+        g_row, above = sum_products(grad, unscaled), grad
+        f[how.up.name] = f[how.up.name] * _like(row, f[how.up.name])
+    else:
+        g_row, above = rows_backward(grad, unscaled, row, down.shape[0] if ride else 0)
+    scaled = above[: grad.shape[0]]
+    found, gz = program.backward_direct(geo, x, z, f, wanted, scaled, beside)
+    if folded.backward and how.up.name in found:
+        found[how.up.name] = found[how.up.name] * _like(row, found[how.up.name])
+
+    # through the norms: row's derivative by W', and from there to the two factors
+    steep = (g_row * slope).unsqueeze(1)
+    narrow = steep * up
+    g_x = None
+    if ride:
+        above[grad.shape[0] :] = narrow.T
+        both = above @ weight.to(call.dtype)
+        g_x, below = both[: grad.shape[0]], both[grad.shape[0] :]
+    else:
+        below = narrow.T @ weight.flatten(1).to(up.dtype)
+        if needs[0]:
+            through = call.weight(weight, tensors, "backward")
+            through = through * _like(row, through) if folded.backward else through
+            g_x, _ = geo.gradients(scaled, x, through, True, False)
+    for factor, gradient in ((how.up, steep * changed), (how.down, torch.addmm(below, narrow.T @ up, down))):
+        if factor.name in found:
+            found[factor.name] = found[factor.name].to(gradient.dtype) + factor.pull(own, gradient)
+    if how.magnitude in wanted:
+        found[how.magnitude] = (g_row * inverse).view(own[how.magnitude].shape)
+
+    if g_x is not None and beside:
+        g_x = g_x if g_x.is_contiguous() else g_x.contiguous()
+        program.push_(geo, g_x, x, f, gz)
+    return g_x, [found[name].to(own[name].dtype) if name in found else None for name in term.names]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,19 +40,34 @@ def rows_backward(grad: Tensor, unscaled: Tensor, row: Tensor, room: int = 0) ->
         room: the second gradient has so many more tokens, to be written to; on a processor only.
     """
     factor = channel_view(row, grad)
-    if grad.dim() > 2 or grad.device.type != "cpu":
+    if not _in_blocks(grad):
         return sum_rows(grad * unscaled), grad * factor
-    wide = torch.promote_types(grad.dtype, torch.float32)
     scaled = grad.new_empty(len(grad) + room, grad.shape[1])
+    return _summed(grad, unscaled, lambda g, start: torch.mul(g, factor, out=scaled[start : start + len(g)])), scaled
+
+
+def sum_products(grad: Tensor, unscaled: Tensor) -> Tensor:
+    """The first of the two."""
+    return _summed(grad, unscaled) if _in_blocks(grad) else sum_rows(grad * unscaled)
+
+
+def _in_blocks(grad: Tensor) -> bool:
+    return grad.dim() == 2 and grad.device.type == "cpu"
+
+
+def _summed(grad: Tensor, unscaled: Tensor, also: Callable[[Tensor, int], object] = lambda g, start: None) -> Tensor:
+    """Products summed over tokens, in float32 or better; ``also`` is called with every block while it is in a cache."""
+    wide = torch.promote_types(grad.dtype, torch.float32)
     step = max(1, BLOCK // grad.shape[1])
     if step >= len(grad):
-        torch.mul(grad, factor, out=scaled[: len(grad)])
-        return (grad * unscaled).sum(0, dtype=wide), scaled
+        also(grad, 0)
+        return (grad * unscaled).sum(0, dtype=wide)
     total = grad.new_zeros(grad.shape[1], dtype=wide)
-    for g, u, s in zip(grad.split(step), unscaled.split(step), scaled[: len(grad)].split(step)):
-        total += (g * u).sum(0, dtype=wide)
-        torch.mul(g, factor, out=s)
-    return total, scaled
+    for start in range(0, len(grad), step):
+        g = grad[start : start + step]
+        total += (g * unscaled[start : start + step]).sum(0, dtype=wide)
+        also(g, start)
+    return total
 
 
 def row_squares(weight: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ class AdaptedLayer(SeparateLayer):
         scales = [adapter.known_scale for adapter in adapters]
         if None in scales or (self.training and any([varied(adapter) for adapter in adapters])):
             return None
-        kinds = [(adapter.program_key(), adapter.decomposed and adapter.get_strength()) for adapter in adapters]
+        kinds = [(adapter.program_key(), adapter.decomposed and _lengthens(adapter)) for adapter in adapters]
         key = names, x.shape, x.dtype, self.training, *scales, *kinds
         if key in self.plans:
             return self.plans[key]
@@ -110,9 +110,8 @@ class AdaptedLayer(SeparateLayer):
         return Plan(parts, None if light else Call(self.geometry, tuple(terms), x.dtype))
 
     def _lengthening(self, adapter: Adapter, scale: float, program: Program, x: Tensor) -> Plan | None:
-        """How DoRA runs alone where its change is a product of two factors and its rows are scaled; None elsewhere."""
-        rows = adapter.decomposed and adapter.config.dora_axis == "out" and adapter.get_strength() == 1.0  # type: ignore[attr-defined]
-        product = factors_of(program) if rows else None
+        """How DoRA trains alone where its change is a product of two factors and its rows are scaled; None elsewhere."""
+        product = factors_of(program) if adapter.decomposed and _lengthens(adapter) else None
         if product is None:
             return None
         geo, tokens, exact = self.geometry, self.geometry.tokens(x), is_exact(x)
@@ -176,8 +175,7 @@ class AdaptedLayer(SeparateLayer):
         if len(active) != 1:
             return None
         adapter, f, program, *_ = active[0]
-        lone = adapter.decomposed and program is not None and adapter.get_strength() == 1.0
-        if not lone or adapter.config.dora_axis != "out":  # type: ignore[attr-defined]
+        if program is None or not (adapter.decomposed and _scales_rows(adapter)):
             return None
         if self.training and module_dropout(adapter):
             return None
@@ -185,3 +183,13 @@ class AdaptedLayer(SeparateLayer):
 
 
 _TENSORS = (Tensor, nn.Parameter)
+
+
+def _scales_rows(adapter: Adapter) -> bool:
+    """Whether DoRA comes to a factor on every output row: on the output axis, at full strength."""
+    return adapter.get_strength() == 1.0 and adapter.config.dora_axis == "out"  # type: ignore[attr-defined]
+
+
+def _lengthens(adapter: Adapter) -> bool:
+    """The same in training. Frozen factors keep to the operations of the path that prepares them, and so to its bits."""
+    return _scales_rows(adapter) and any([t.requires_grad for t in adapter.factors().values()])
