@@ -30,6 +30,7 @@ import lycoris_diff
 from lycoris_diff.bookkeeping import adapted_layers
 from lycoris_diff.execution.costs import choose
 from lycoris_diff.execution.lengths import factors_of
+from lycoris_diff.layers.separate import lengthens
 
 MARKERS = ("<!-- account: begin -->", "<!-- account: end -->")
 TITLE = "## Accounting"
@@ -74,7 +75,7 @@ def account(model: str, targets: str, algorithm: str) -> Account:
         program = adapter.program(adapter.inputs())
         count, size = tokens[path], prod(geometry.shape)
         cost, width, sampled = (None, 0, None) if program is None else (program.cost, program.width, program.sampled_cost)
-        lengthened = adapter.decomposed and program is not None and factors_of(program) is not None
+        lengthened = lengthens(adapter) and program is not None and factors_of(program) is not None
         foldable = program is not None and program.foldable and (lengthened or not adapter.depends_on_weight)
         choice = choose(geometry.shape, count, True, cost, width, sampled_cost=sampled, foldable=foldable)
         if choice.mode == "beside" and cost is not None:

@@ -12,12 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from more_adapters import filled
 from test_around import results
-from test_folded import kept
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from lycoris_diff import LoraConfig
 from lycoris_diff.execution import lengths
 from lycoris_diff.execution.costs import NOWHERE, Folded, rides
+from lycoris_diff.execution.program import Program
+from lycoris_diff.execution.steps import Conv, Factor, Mix, Pointwise
 from lycoris_diff.layers import layer as layers
 from lycoris_diff.layers import separate
 
@@ -47,9 +49,12 @@ def take(patch: pytest.MonkeyPatch, way: str) -> list:
     choose, run, calls = separate.choose, lengths.lengthened, []
     patch.setattr("lycoris_diff.layers.light.SMALL", 0)
     patch.setattr("lycoris_diff.layers.light.LITTLE", 0)
-    patch.setattr(separate, "_choose", lambda *args, **more: dataclasses.replace(choose(*args, **more), mode="beside"))
+
+    def chosen(*args, foldable=False, **more):
+        return dataclasses.replace(choose(*args, **more), mode="beside", folded=folds if foldable else NOWHERE)
+
+    patch.setattr(separate, "_choose", chosen)
     patch.setattr(layers, "rides", lambda shape, tokens: ride and len(shape) == 2)
-    patch.setattr(layers, "folded", lambda shape, tokens: folds)
     patch.setattr(layers, "lengthened", lambda *args: calls.append(args) or run(*args))
     return calls
 
@@ -137,12 +142,15 @@ def test_other_dtypes(dtype, tolerance, calls):
     assert model(x).dtype is dtype
 
 
-def test_factors_in_another_dtype(calls):
-    model, adapted = dora(make_layer("linear"))
-    for parameter in adapted.adapters.parameters():
-        parameter.data = parameter.data.float()
-    compare(model, adapted, make_input(adapted.base_layer), rtol=1e-5, atol=1e-5)
-    assert not calls[0][1].ride
+@pytest.mark.parametrize(("dtype", "other"), [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+def test_factors_in_another_dtype(dtype, other, calls):
+    """From one call to the next, which no layer is told; rows of another dtype cannot ride along."""
+    model, adapted = dora(make_layer("linear", dtype))
+    x = make_input(adapted.base_layer)
+    model(x)
+    adapted.adapter("a").to(other)
+    compare(model, adapted, x, rtol=1e-4, atol=1e-4)
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("trained", ["lora_A.weight", "lora_B.weight", "lora_magnitude_vector", "x", ""])
@@ -160,6 +168,43 @@ def test_only_one_is_trained(trained, calls):
         leaf, expected = (x, g_x) if trained == "x" else (adapted.adapter("a").get_tensor(trained), grads[trained])
         [gradient] = torch.autograd.grad(ours.square().sum(), [leaf])
         torch.testing.assert_close(gradient, expected)
+
+
+def test_a_trained_bias(calls):
+    model, adapted = dora(make_layer("linear"))
+    adapted.base_layer.bias.requires_grad_()
+    y = model(make_input(adapted.base_layer))
+    [found] = torch.autograd.grad(y.square().sum(), [adapted.base_layer.bias])
+    torch.testing.assert_close(found, 2 * y.detach().sum((0, 1)))
+    assert len(calls) == 1
+
+
+def test_other_strides(calls):
+    """An input that is a transposed view, and a gradient that is one number in all places."""
+    model, adapted = dora(make_layer("linear"))
+    x = make_input(adapted.base_layer)[0].T.contiguous().T.requires_grad_()
+    expected = rebuilt(adapted, x)[0]
+    y = model(x)
+    torch.testing.assert_close(y.detach(), expected)
+    leaves = [x, *(p for p in adapted.adapters.parameters() if p.requires_grad)]
+    expanded = torch.autograd.grad(y.sum(), leaves, retain_graph=True)
+    torch.testing.assert_close(expanded, torch.autograd.grad(y, leaves, torch.ones_like(y)))
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed(reentrant, calls):
+    model, adapted = dora(make_layer("linear"))
+    x = make_input(adapted.base_layer)
+    expected = found(model, x)
+    again = lambda x: checkpoint(model, x, use_reentrant=reentrant)
+    held = x.clone().requires_grad_()
+    y = again(held)
+    y.square().sum().backward()
+    torch.testing.assert_close((y.detach(), held.grad), expected[:2])
+    grads = {name: adapted.adapter("a").get_tensor(name).grad for name in expected[2]}
+    torch.testing.assert_close(grads, expected[2])
+    assert len(calls) >= 2  # the first of the reentrant kind records nothing
 
 
 def test_a_row_of_zeros(calls):
@@ -216,10 +261,19 @@ def test_changed_weight(calls):
 
 
 def test_what_is_kept(calls):
-    """The input, the output before its rows are scaled, and a few numbers a row."""
+    """The input, the output before its rows are scaled, and a few numbers a row; whole storages, not views of them."""
     model, _ = dora(nn.Linear(96, 128).requires_grad_(False), r=4)
     x = torch.randn(300, 96, requires_grad=True)
-    assert sum(kept(model, x)) <= 300 * 128 + 300 * 4 + 128 * (4 + 3)
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), x)}
+    sizes = {}
+
+    def pack(t):
+        sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes() // t.itemsize
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model(x)
+    assert sum(size for pointer, size in sizes.items() if pointer not in own) <= 300 * 128 + 300 * 4 + 128 * (4 + 3)
 
 
 def test_where_they_ride():
@@ -230,7 +284,29 @@ def test_where_they_ride():
 def test_half_precision_reads_the_weight_itself():
     """In the layer's own products the norms would be sums of what is rounded to eight bits."""
     model, _ = dora(nn.Linear(300, 300).bfloat16().requires_grad_(False))
-    with pytest.MonkeyPatch.context() as patch:
-        calls = take(patch, "riding")
-        model(torch.randn(4, 300, dtype=torch.bfloat16))
-    assert len(calls) == 1 and not calls[0][1].ride and calls[0][0].terms[0].folded == NOWHERE
+    for way in ("riding", "folded"):
+        with pytest.MonkeyPatch.context() as patch:
+            calls = take(patch, way)
+            model(torch.randn(4, 300, dtype=torch.bfloat16))
+        assert len(calls) == 1 and not calls[0][1].ride and calls[0][0].terms[0].folded == NOWHERE
+        model.get_base_model().layer.plans.clear()
+
+
+def test_they_fold_in_the_choice():
+    """A product beside the layer that would cost more than the weight's gradient costs less where it is folded."""
+    model, adapted = dora(nn.Linear(320, 320).requires_grad_(False), r=32)
+    x = torch.randn(4096, 320)
+    choice = adapted.choices(x)["a"]
+    assert (choice.mode, choice.folded) == ("beside", (True, True))
+    model.set_scale("a", 0.5)
+    assert adapted.choices(x)["a"].mode == "instead"
+
+
+def test_what_is_no_product():
+    """Two factors of which the second has a kernel are none."""
+    point, taps = Factor("a"), Factor("b", shape=(4, 2, 3))
+    assert lengths.factors_of(Program(Conv(taps), Pointwise(point))) == (point, taps)
+    assert lengths.factors_of(Program(Pointwise(point), Conv(taps))) is None
+    assert lengths.factors_of(Program(Pointwise(point, groups=2), Pointwise(point))) is None
+    assert lengths.factors_of(Program(Pointwise(point), Pointwise(lambda f: f["a"]))) is None
+    assert lengths.factors_of(Program(Pointwise(point), Pointwise(point), Mix(point))) is None

@@ -59,6 +59,12 @@ class FactorStore(nn.Module):
                 stack.enter_context(align_module_device(module))
             return {name: self.get_tensor(name) for name in self.factor_shapes}
 
+    @property
+    def learns(self) -> bool:
+        """Whether a factor takes a gradient; none is brought from anywhere to find out."""
+        held = [(self if owner is None else owner)._parameters.get(leaf) for owner, leaf in self._owners.values()]
+        return any([parameter is not None and parameter.requires_grad for parameter in held])
+
     def get_tensor(self, name: str) -> Tensor:
         """One factor by its file name."""
         owner, _, leaf = name.rpartition(".")

@@ -161,12 +161,12 @@ class Geometry:
         b, q = weight.shape
         if not self.kernel:
             h = h if groups == 1 else h.reshape(-1, q)
-            total = y if groups == 1 else given_up(y, -1, b)
-            # as a copy, its gradient is the product with few rows, not with few columns
+            # as a copy, its gradient is a product with few rows, not with few columns
             copied = q < NARROW and h.shape[0] >= MANY and h.device.type == "cpu"
-            return total.addmm_(h, weight.T.contiguous() if copied else weight.T).view(y.shape)
+            up = weight.T.contiguous() if copied else weight.T
+            return y.addmm_(h, up) if groups == 1 else given_up(given_up(y, -1, b).addmm_(h, up), *y.shape)
         batch, size = y.shape[0] * groups, prod(y.shape[2:])
-        return plus_on_every(given_up(y, batch, b, size), weight, h.reshape(batch, q, size)).view(y.shape)
+        return given_up(plus_on_every(given_up(y, batch, b, size), weight, h.reshape(batch, q, size)), *y.shape)
 
     def pointwise_weight_grad(self, x: Tensor, grad: Tensor, weight: Tensor, groups: int) -> Tensor:
         """Gradient of `pointwise` with respect to its weight ``(p, d)``."""

@@ -2,7 +2,8 @@
 
 ``row = magnitude / ||W + up down||``, row by row. The norms need ``W down^T``, and the gradient of ``down`` through them
 another product of the weight with something as narrow. Where there are few tokens, both ride along as more tokens in the
-layer's own two products: the weight is read no more often than without an adapter.
+layer's own two products, the second where the input needs a gradient: the weight is read no more often then than without
+an adapter.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from ..functional import dora
 from .costs import Folded
 from .engine import Call, Term, cast, differentiable_backward
-from .narrow import times_narrow
+from .narrow import DEVICE, times_narrow
 from .program import Program
 from .rows import row_squares, rows_backward, scale_rows, sum_products, sum_rows
 from .steps import Conv, Factor, Factors, Pointwise
@@ -30,13 +31,17 @@ class Lengths:
     Attributes:
         magnitude: name of the factor that holds them.
         up, down: the product, ``(out, k)`` with the scale and ``(k, in, *kernel)``.
-        ride: what the norms need of the weight rides along; all factors have the call's dtype.
+        ride: what the norms need of the weight rides along where it can.
     """
 
     magnitude: str
     up: Factor
     down: Factor
     ride: bool = False
+
+    def rides(self, x: Tensor, down: Tensor) -> bool:
+        """Whether it does for an input and the narrow factor: they must be of one kind, and rows are scaled as tokens are."""
+        return self.ride and down.dtype is x.dtype and x.device.type == DEVICE
 
     def product(self, f: Factors, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """``up`` and ``down``, the latter ``(k, in * K)``, in ``dtype``, float32 or better."""
@@ -47,19 +52,18 @@ class Lengths:
 
 def factors_of(program: Program) -> tuple[Factor, Factor] | None:
     """The product's two factors, ``up`` first, if a factored form is nothing but one on all channels at once; else None."""
-    up, down = program.last.weight, None if program.first is None else program.first.weight
-    plain = all([type(step) in (Pointwise, Conv) and step.groups == 1 for step in (program.first, program.last)])  # type: ignore
-    known = isinstance(up, Factor) and isinstance(down, Factor) and not up.swapped
-    return (up, down) if plain and known and program.mid is None else None  # type: ignore[return-value]
+    first, last = program.first, program.last
+    if program.mid is not None or type(first) not in (Pointwise, Conv) or type(last) is not Pointwise:
+        return None
+    up, down = last.weight, first.weight  # type: ignore[union-attr]
+    whole = first.groups == last.groups == 1  # type: ignore[union-attr]
+    return (up, down) if whole and isinstance(up, Factor) and isinstance(down, Factor) and not up.swapped else None
 
 
 def lengthened(call: Call, how: Lengths, x: Tensor, weight: Tensor, bias: Tensor | None, tensors: Sequence[Tensor]) -> Tensor:
-    """Host operation with an adapter that gives its rows their lengths, on canonical tensors; arguments as of `adapted`."""
-    recorded = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in (x, bias, *tensors)])
-    if recorded:
-        out: Tensor = _Lengthened.apply(call, how, x, weight, bias, *tensors)
-        return out
-    return _run(call, how, x, weight, bias, tensors)[0]
+    """Host operation with an adapter in training that gives its rows their lengths; arguments as of `adapted`."""
+    out: Tensor = _Lengthened.apply(call, how, x, weight, bias, *tensors)
+    return out
 
 
 def _of(term: Term) -> tuple[Program, Folded]:
@@ -73,7 +77,7 @@ class State(NamedTuple):
     Attributes:
         unscaled: the output before its rows are scaled.
         row: the factor of every row.
-        inverse: it by its magnitude.
+        inverse: ``1 / ||W + up down||``.
         slope: twice its derivative by the square of its length.
         changed: ``(W + up down) down^T``.
         started: output of the first step, where there is one.
@@ -96,7 +100,7 @@ def _run(
     up, down = how.product(own, call.dtype)
     z = None if folded.forward else program.start(geo, x, f)
     through = call.weight(weight, tensors, "forward")
-    if how.ride and not folded.forward:
+    if how.rides(x, down) and not folded.forward:
         both = geo.apply(torch.cat((x, down)), through)
         y, turned = both[: x.shape[0]], both[x.shape[0] :].T
     else:
@@ -104,8 +108,9 @@ def _run(
         y = y if y.is_contiguous() else y.contiguous()
     if z is not None:
         program.finish_(geo, y, z, f)
-    changed = torch.addmm(turned, up, down @ down.T)
-    squares = row_squares(weight) + ((changed + turned) * up).sum(1)
+    extra = up @ (down @ down.T)
+    squares = row_squares(weight) + (torch.add(extra, turned, alpha=2) * up).sum(1)
+    changed = turned.add_(extra)  # in its place: riding, that lies behind the output, which is kept as well
     inverse = dora.inverse_roots(squares)
     row = own[how.magnitude].reshape(-1).to(squares.dtype) * inverse
     return scale_rows(y, row, bias), State(y, row, inverse, dora.row_slopes(row, squares), changed, z)
@@ -160,7 +165,7 @@ def _backward(call: Call, how: Lengths, x: Tensor, weight: Tensor, state: State,
     f, (up, down) = cast(own, call.dtype), how.product(own, call.dtype)
     wanted = [name for name, need in zip(term.names, needs[3:]) if need]
     beside = needs[0] and not folded.backward
-    ride = how.ride and beside
+    ride = how.rides(x, down) and beside and how.down.name in wanted
     if folded.backward:  # the rows of what the gradient is multiplied with are scaled, not those of the gradient
         g_row, above = sum_products(grad, unscaled), grad
         f[how.up.name] = f[how.up.name] * _like(row, f[how.up.name])
@@ -174,20 +179,21 @@ def _backward(call: Call, how: Lengths, x: Tensor, weight: Tensor, state: State,
     # through the norms: row's derivative by W', and from there to the two factors
     steep = (g_row * slope).unsqueeze(1)
     narrow = steep * up
-    g_x = None
+    g_x, below = None, None
     if ride:
         above[grad.shape[0] :] = narrow.T
         both = above @ weight.to(call.dtype)
         g_x, below = both[: grad.shape[0]], both[grad.shape[0] :]
-    else:
-        below = narrow.T @ weight.flatten(1).to(up.dtype)
-        if needs[0]:
-            through = call.weight(weight, tensors, "backward")
-            through = through * _like(row, through) if folded.backward else through
-            g_x, _ = geo.gradients(scaled, x, through, True, False)
-    for factor, gradient in ((how.up, steep * changed), (how.down, torch.addmm(below, narrow.T @ up, down))):
-        if factor.name in found:
-            found[factor.name] = found[factor.name].to(gradient.dtype) + factor.pull(own, gradient)
+    elif needs[0]:
+        through = call.weight(weight, tensors, "backward")
+        through = through * _like(row, through) if folded.backward else through
+        g_x, _ = geo.gradients(scaled, x, through, True, False)
+    if how.up.name in found:
+        found[how.up.name] = found[how.up.name].to(up.dtype) + how.up.pull(own, steep * changed)
+    if how.down.name in found:
+        below = narrow.T @ weight.flatten(1).to(up.dtype) if below is None else below
+        through_norms = torch.addmm(below, narrow.T @ up, down)
+        found[how.down.name] = found[how.down.name].to(up.dtype) + how.down.pull(own, through_norms)
     if how.magnitude in wanted:
         found[how.magnitude] = (g_row * inverse).view(own[how.magnitude].shape)
 

@@ -26,9 +26,9 @@ def scale_rows(y: Tensor, row: Tensor, bias: Tensor | None) -> Tensor:
     return y * factor if bias is None else torch.addcmul(channel_view(bias, y), y, factor)
 
 
-def sum_rows(t: Tensor) -> Tensor:
+def sum_rows(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Sums over everything but the channels on axis 1."""
-    return t.sum([d for d in range(t.dim()) if d != 1])
+    return t.sum([d for d in range(t.dim()) if d != 1], dtype=dtype)
 
 
 def rows_backward(grad: Tensor, unscaled: Tensor, row: Tensor, room: int = 0) -> tuple[Tensor, Tensor]:
@@ -41,14 +41,16 @@ def rows_backward(grad: Tensor, unscaled: Tensor, row: Tensor, room: int = 0) ->
     """
     factor = channel_view(row, grad)
     if not _in_blocks(grad):
-        return sum_rows(grad * unscaled), grad * factor
+        return sum_products(grad, unscaled), grad * factor
     scaled = grad.new_empty(len(grad) + room, grad.shape[1])
     return _summed(grad, unscaled, lambda g, start: torch.mul(g, factor, out=scaled[start : start + len(g)])), scaled
 
 
 def sum_products(grad: Tensor, unscaled: Tensor) -> Tensor:
-    """The first of the two."""
-    return _summed(grad, unscaled) if _in_blocks(grad) else sum_rows(grad * unscaled)
+    """The first of the two, in float32 or better."""
+    if _in_blocks(grad):
+        return _summed(grad, unscaled)
+    return sum_rows(grad * unscaled, torch.promote_types(grad.dtype, torch.float32))
 
 
 def _in_blocks(grad: Tensor) -> bool:

@@ -154,7 +154,7 @@ class Mix(Step):
 
     def plus(self, geo: Geometry, y: Tensor, x: Tensor, w: Any) -> Tensor:
         a, c, batch, size = _slices(x, w)
-        return plus_on_every(given_up(y, batch, a, size), w, x.reshape(batch, c, size)).view(y.shape)
+        return given_up(plus_on_every(given_up(y, batch, a, size), w, x.reshape(batch, c, size)), *y.shape)
 
     def add_(self, geo: Geometry, y: Tensor, x: Tensor, w: Any) -> None:
         a, c, batch, size = _slices(x, w)

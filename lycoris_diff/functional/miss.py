@@ -14,12 +14,15 @@ def tile(block: Tensor, out: int, inp: int) -> Tensor:
     """
     r, s = block.shape[:2]
     rows = block.transpose(0, 1)
-    wide = torch.cat([rows] * -(-inp // r), dim=1)[:, :inp]
+    wide = torch.cat([rows] * (inp // r) + ([rows[:, : inp % r]] if inp % r else []), dim=1)
     return torch.cat([wide] * (out // s), dim=0) if s < out else wide
 
 
 def add_tiled(total: Tensor, block: Tensor) -> Tensor:
-    """``total + tile(block, *total.shape[:2])`` in one pass, without the repeated block; total is ``(out, inp, *k)``."""
+    """``total + tile(block, *total.shape[:2])`` without the repeated block; total is ``(out, inp, *k)``.
+
+    It is one pass where r divides inp.
+    """
     r, s = block.shape[:2]
     out, inp, *kernel = total.shape
     rows = block.transpose(0, 1).contiguous()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.base import Adapter
-from ..execution.costs import NOWHERE, folded, rides
+from ..execution.costs import Folded, rides
 from ..execution.engine import Call, Term, adapted
 from ..execution.lengths import Lengths, factors_of, lengthened
 from ..execution.narrow import narrowed
@@ -19,7 +19,18 @@ from .light import Parts, changes_cheaply, has_little_weight, is_small, keeps_li
 from .parts import bias_change, plus, row_factor
 from .plans import Plan
 from .samples import Samples
-from .separate import Active, Running, SeparateLayer, compute_dtype, is_exact, masked, module_dropout, varied
+from .separate import (
+    Active,
+    Running,
+    SeparateLayer,
+    compute_dtype,
+    lengthens,
+    masked,
+    may_fold,
+    module_dropout,
+    scales_rows,
+    varied,
+)
 
 
 class AdaptedLayer(SeparateLayer):
@@ -74,7 +85,7 @@ class AdaptedLayer(SeparateLayer):
         scales = [adapter.known_scale for adapter in adapters]
         if None in scales or (self.training and any([varied(adapter) for adapter in adapters])):
             return None
-        kinds = [(adapter.program_key(), adapter.decomposed and _lengthens(adapter)) for adapter in adapters]
+        kinds = [(adapter.program_key(), lengthens(adapter)) for adapter in adapters]
         key = names, x.shape, x.dtype, self.training, *scales, *kinds
         if key in self.plans:
             return self.plans[key]
@@ -91,12 +102,12 @@ class AdaptedLayer(SeparateLayer):
             f = adapter.inputs()
             if any([t.is_meta for t in f.values()]) or self._around(adapter, inner):
                 return None
-            choice, found = self._choose(adapter, f, inner, True)
+            choice, found = self._choose(adapter, f, inner, True, alone=len(adapters) == 1)
             cheap = adapter.depends_on_weight and changes_cheaply(self.geometry, tokens)
             program = found if choice.mode == "beside" and not cheap else None
             sampled = found.last if found is not None and choice.sampled else None
             if program is not None and adapter.depends_on_weight:
-                return self._lengthening(adapter, scale, program, inner) if len(adapters) == 1 else None
+                return self._lengthening(adapter, scale, program, choice.folded, inner) if len(adapters) == 1 else None
             term = Running(adapter, f, program, sampled, choice.folded).term(False, inner)
             light = light and not any(term.folded)
             if program is None:
@@ -109,18 +120,17 @@ class AdaptedLayer(SeparateLayer):
             terms.append(term)
         return Plan(parts, None if light else Call(self.geometry, tuple(terms), x.dtype))
 
-    def _lengthening(self, adapter: Adapter, scale: float, program: Program, x: Tensor) -> Plan | None:
+    def _lengthening(self, adapter: Adapter, scale: float, program: Program, folds: Folded, x: Tensor) -> Plan | None:
         """How DoRA trains alone where its change is a product of two factors and its rows are scaled; None elsewhere."""
-        product = factors_of(program) if adapter.decomposed and _lengthens(adapter) else None
+        product = factors_of(program) if lengthens(adapter) else None
         if product is None:
             return None
-        geo, tokens, exact = self.geometry, self.geometry.tokens(x), is_exact(x)
         change = lambda total, base, f: adapter.add_delta(total, f)
-        folds = folded(geo.shape, tokens) if exact and program.foldable else NOWHERE
-        term = Term(tuple(adapter.factors()), change, narrowed(program, geo, x), scale=scale, folded=folds)
-        ride = exact and rides(geo.shape, tokens) and all([t.dtype is x.dtype for t in adapter.factors().values()])
+        narrow = narrowed(program, self.geometry, x)
+        term = Term(tuple(adapter.factors()), change, narrow, scale=scale, folded=folds)
+        ride = may_fold(x) and rides(self.geometry.shape, self.geometry.tokens(x))
         lengths = Lengths(adapter.magnitude_name, *product, ride)
-        return Plan([(adapter, program, scale)], Call(geo, (term,), x.dtype), lengths)
+        return Plan([(adapter, program, scale)], Call(self.geometry, (term,), x.dtype), lengths)
 
     def _planned(self, plan: Plan, x: Tensor) -> Tensor:
         geo = self.geometry
@@ -175,7 +185,7 @@ class AdaptedLayer(SeparateLayer):
         if len(active) != 1:
             return None
         adapter, f, program, *_ = active[0]
-        if program is None or not (adapter.decomposed and _scales_rows(adapter)):
+        if program is None or not scales_rows(adapter):
             return None
         if self.training and module_dropout(adapter):
             return None
@@ -183,13 +193,3 @@ class AdaptedLayer(SeparateLayer):
 
 
 _TENSORS = (Tensor, nn.Parameter)
-
-
-def _scales_rows(adapter: Adapter) -> bool:
-    """Whether DoRA comes to a factor on every output row: on the output axis, at full strength."""
-    return adapter.get_strength() == 1.0 and adapter.config.dora_axis == "out"  # type: ignore[attr-defined]
-
-
-def _lengthens(adapter: Adapter) -> bool:
-    """The same in training. Frozen factors keep to the operations of the path that prepares them, and so to its bits."""
-    return _scales_rows(adapter) and any([t.requires_grad for t in adapter.factors().values()])

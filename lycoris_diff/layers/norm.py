@@ -23,7 +23,9 @@ class AdaptedNorm(AdaptedLayer):
     def _fusable(self, x: Tensor) -> bool:
         return False
 
-    def _choose(self, adapter: Adapter, f: dict[str, Tensor], x: Tensor, plain: bool) -> tuple[Choice, Program | None]:
+    def _choose(
+        self, adapter: Adapter, f: dict[str, Tensor], x: Tensor, plain: bool, alone: bool = False
+    ) -> tuple[Choice, Program | None]:
         return Choice("instead", None, 0), None
 
     def _contribution(self, names: Sequence[str], x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from ..execution.around import Around, Host, apply_around, run_around
 from ..execution.costs import Choice, Folded, around_is_cheaper, choose
 from ..execution.engine import Term, cast, changed_weight
 from ..execution.geometry import is_transformers_conv1d
+from ..execution.lengths import factors_of
 from ..execution.narrow import DEVICE, DTYPES, narrowed
 from ..execution.packed import describe, rearranged
 from ..execution.program import Program
@@ -206,7 +207,9 @@ class SeparateLayer(MergeableLayer):
             active.append(Running(adapter, f, runs, sampled, choice.folded))
         return active
 
-    def _choose(self, adapter: Adapter, f: dict[str, Tensor], x: Tensor, plain: bool) -> tuple[Choice, Program | None]:
+    def _choose(
+        self, adapter: Adapter, f: dict[str, Tensor], x: Tensor, plain: bool, alone: bool = False
+    ) -> tuple[Choice, Program | None]:
         program = adapter.program(f)
         if program is not None and not program.eager_only and not plain:
             return Choice("beside", program.cost, 0), program
@@ -216,7 +219,9 @@ class SeparateLayer(MergeableLayer):
         shape, tokens = self.geometry.shape, self.geometry.tokens(x)
         if torch.compiler.is_compiling():  # compilers look through a cache, with a warning
             return choose(shape, tokens, training, cost, width, sampled_cost=sampled), program
-        foldable = is_exact(x) and program is not None and program.foldable and not adapter.depends_on_weight
+        foldable = may_fold(x) and program is not None and program.foldable
+        if foldable and adapter.depends_on_weight:
+            foldable = alone and training and lengthens(adapter) and factors_of(program) is not None  # type: ignore[arg-type]
         return _choose(shape, tokens, training, cost, width, sampled_cost=sampled, foldable=foldable), program
 
     def _row_mask(self, adapter: Adapter, out: Tensor) -> Tensor:
@@ -231,7 +236,8 @@ class SeparateLayer(MergeableLayer):
         """How every active adapter would run on an input, with the cost model's figures."""
         inner, _ = self.geometry.enter(x)
         first = {n: self.adapter(n).members()[0] for n in self.active}
-        return {n: self._choose(adapter, f, inner, self.has_plain_weight)[0] for n, (adapter, f) in first.items()}
+        plain, alone = self.has_plain_weight, len(first) == 1
+        return {n: self._choose(adapter, f, inner, plain, alone)[0] for n, (adapter, f) in first.items()}
 
 
 _choose = functools.lru_cache(maxsize=4096)(choose)
@@ -256,9 +262,23 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def is_exact(x: Tensor) -> bool:
-    """Whether changes may run through the weight: in a half precision the sum would lose what is small beside it."""
+def may_fold(x: Tensor) -> bool:
+    """Whether changes may run through the weight: on processors, where it was measured, and not in a half precision.
+
+    There the sum would lose what is small beside the weight.
+    """
     return x.device.type == DEVICE and x.dtype in DTYPES
+
+
+def scales_rows(adapter: Adapter) -> bool:
+    """Whether DoRA comes to a factor on every output row: on the output axis, at full strength."""
+    full = adapter.decomposed and adapter.get_strength() == 1.0
+    return full and adapter.config.dora_axis == "out"  # type: ignore[attr-defined]
+
+
+def lengthens(adapter: Adapter) -> bool:
+    """The same in training. Frozen factors keep to the operations of the path that prepares them, and so to its bits."""
+    return scales_rows(adapter) and adapter.learns
 
 
 def _trains(adapter: Adapter) -> bool:
