@@ -12,6 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lycoris_diff import LoHaConfig, LoKrConfig, LoraConfig, MissConfig, ShiraConfig
+from lycoris_diff.functional import miss
 
 settings.register_profile("suite", max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 settings.load_profile("suite")
@@ -145,6 +146,20 @@ def test_miss(host, r, mini, mode):
             adapt(layer, config)
         return
     check(layer, x, config)
+
+
+@given(st.integers(1, 12), st.integers(1, 6), st.integers(1, 4), st.integers(1, 40), st.sampled_from([(), (2, 3)]))
+def test_miss_added_to_a_weight(r, s, repeats, inp, kernel):
+    """The same with the repeated block and without; that one is a tensor that can be saved."""
+    block = torch.randn(r, s, *kernel, dtype=torch.float64)
+    total = torch.randn(s * repeats, inp, *kernel, dtype=torch.float64)
+    tiled = miss.tile(block, *total.shape[:2])
+    assert tiled.is_contiguous() or s * repeats == 1
+    rebuilt = torch.stack([torch.stack([block[i % r, o % s] for i in range(inp)]) for o in range(s * repeats)])
+    assert torch.equal(tiled, rebuilt)
+    assert torch.equal(miss.add_tiled(total, block), total + tiled)
+    across = total.transpose(0, 1).contiguous().transpose(0, 1)
+    assert torch.equal(miss.add_tiled(across, block), total + tiled)
 
 
 @given(hosts(), st.integers(1, 6), st.one_of(st.none(), st.integers(0, 2**31)))

@@ -40,7 +40,7 @@ class Lengths:
     ride: bool = False
 
     def rides(self, x: Tensor, down: Tensor) -> bool:
-        """Whether it does for an input and the narrow factor: they must be of one kind, and rows are scaled as tokens are."""
+        """Whether it does: rows of one dtype make one product, and `rows_backward` leaves room for more on processors."""
         return self.ride and down.dtype is x.dtype and x.device.type == DEVICE
 
     def product(self, f: Factors, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
