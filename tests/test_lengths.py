@@ -19,7 +19,8 @@ from lycoris_diff import LoraConfig
 from lycoris_diff.execution import lengths
 from lycoris_diff.execution.costs import NOWHERE, Folded, rides
 from lycoris_diff.execution.program import Program
-from lycoris_diff.execution.steps import Conv, Factor, Mix, Pointwise
+from lycoris_diff.execution.steps import Conv, Mix, Pointwise
+from lycoris_diff.execution.weights import Factor
 from lycoris_diff.layers import layer as layers
 from lycoris_diff.layers import separate
 

@@ -16,7 +16,8 @@ from lycoris_diff.execution import narrow
 from lycoris_diff.execution.geometry import Geometry, geometry_of
 from lycoris_diff.execution.narrow import Across, Down, Sums, Up, narrowed
 from lycoris_diff.execution.program import Program
-from lycoris_diff.execution.steps import Factor, Mix, Pointwise, Shards, Window
+from lycoris_diff.execution.steps import Mix, Pointwise, Shards, Window
+from lycoris_diff.execution.weights import Factor
 
 COUNTS = st.integers(1, 6)
 

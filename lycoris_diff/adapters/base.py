@@ -19,7 +19,7 @@ from ..execution.engine import cast
 from ..execution.geometry import Geometry, geometry_of
 from ..execution.narrow import times_narrow
 from ..execution.program import Program
-from ..execution.steps import Factors
+from ..execution.weights import Factors
 from ..functional import dora
 from .config import AdapterConfig
 from .storage import FactorStore, expect_shapes

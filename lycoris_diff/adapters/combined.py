@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..execution.geometry import Geometry, geometry_of
 from ..execution.norms import norm_geometry_of
-from ..execution.steps import Factors
+from ..execution.weights import Factors
 from .base import Adapter, Site
 from .config import AdapterConfig
 from .registry import register

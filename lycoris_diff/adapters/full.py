@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError
 from ..execution.geometry import Geometry
-from ..execution.steps import Factors
+from ..execution.weights import Factors
 from .base import Adapter, Site, fill
 from .config import AdapterConfig
 from .registry import register

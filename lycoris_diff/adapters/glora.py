@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..execution.around import Around, Host, channels
 from ..execution.geometry import Geometry
-from ..execution.steps import Factors
+from ..execution.weights import Factors
 from ..functional import glora, lora
 from .base import Adapter, Site, fill
 from .config import AlphaConfig

@@ -13,7 +13,7 @@ from ..errors import ConfigError
 from ..execution.around import Around, Host
 from ..execution.geometry import Geometry
 from ..execution.rows import channel_view
-from ..execution.steps import Factors
+from ..execution.weights import Factors
 from .base import Adapter, Site, fill
 from .config import AdapterConfig
 from .registry import register

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
 
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..execution.geometry import Geometry
 from ..execution.program import Program
-from ..execution.steps import Conv, Factors, Pointwise
+from ..execution.steps import Conv, Pointwise
+from ..execution.weights import Cores, Factors, KhatriRao
 from ..functional import loha
 from .base import Adapter, Initialiser, Site, fill, magnitude_shape
 from .config import ScaledConfig
@@ -94,34 +95,24 @@ class LoHa(Adapter):
             return None, None
         return squeeze_core(f["hada_t1"], self.geometry), squeeze_core(f["hada_t2"], self.geometry)
 
-    def _up(self, f: Factors) -> Tensor:
-        """Khatri-Rao product of the output factors, ``(out, r*r)``, with the scale."""
-        a1, a2 = f["hada_w1_a"] * f["scale"], f["hada_w2_a"]
-        return loha.khatri_rao(a1, a2).T if "hada_t1" in f else loha.khatri_rao(a1.T, a2.T).T
-
     def program(self, f: Factors) -> Program | None:
-        geo, r = self.geometry, self.config.r
+        geo, rank = self.geometry, self.config.r**2
         if geo.groups > 1:
             return None
-        rank, taps = r * r, geo.columns // geo.inp
-        last = Pointwise(self._up)
+        taps = geo.columns // geo.inp
         if "hada_t1" in f:
-            first = Pointwise(lambda f: loha.khatri_rao(f["hada_w1_b"], f["hada_w2_b"]))
-            return Program(first, last, self._core_step, cost=rank * (geo.inp + geo.out + rank * taps), width=rank)
-        plain = Pointwise(self._down) if geo.is_pointwise else Conv(lambda f: self._down(f).view(-1, *geo.shape[1:]))
-        return Program(plain, last, cost=rank * (geo.columns + geo.out), width=rank)
-
-    def _core_step(self, geo: Geometry, z: Tensor, f: Factors) -> Tensor:
-        core1, core2 = self._cores(f)
-        assert core1 is not None and core2 is not None
-        return geo.apply(z, loha.combined_core(core1, core2), groups=1)
-
-    @staticmethod
-    def _down(f: Factors) -> Tensor:
-        return loha.khatri_rao(f["hada_w1_b"], f["hada_w2_b"])
+            core, last = Conv(Cores("hada_t1", "hada_t2", geo.kernel)), Pointwise(replace(_UP, upright=False))
+            return Program(Pointwise(_DOWN), last, core, cost=rank * (geo.inp + geo.out + rank * taps), width=rank)
+        plain = Pointwise(_DOWN) if geo.is_pointwise else Conv(replace(_DOWN, shape=(rank, *geo.shape[1:])))
+        return Program(plain, Pointwise(_UP), cost=rank * (geo.columns + geo.out), width=rank)
 
     def product(self, f: Factors) -> tuple[Tensor, Tensor] | None:
-        return None if "hada_t1" in f else (self._up(f), self._down(f))
+        return None if "hada_t1" in f else (_UP(f), _DOWN(f))
+
+
+#: factors of the product of rank r*r, ``(out, r*r)`` with the scale and ``(r*r, in*K)``
+_UP = KhatriRao("hada_w1_a", "hada_w2_a", swapped=True, upright=True, scaled=True)
+_DOWN = KhatriRao("hada_w1_b", "hada_w2_b")
 
 
 def lycoris_gap(geometry: Geometry, config: ScaledConfig) -> str | None:

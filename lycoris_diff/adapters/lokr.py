@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ..errors import CheckpointError, ConfigError
 from ..execution.geometry import Geometry, mix
 from ..execution.program import Program
-from ..execution.steps import Conv, Factor, Factors, Mix, Pointwise, Step, window
+from ..execution.steps import Conv, Mix, Pointwise, Step, window
+from ..execution.weights import Factor, Factors
 from ..functional import lokr, lora
 from .base import Adapter, Initialiser, Site, fill, magnitude_shape
 from .config import ScaledConfig

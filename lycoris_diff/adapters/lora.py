@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..execution.geometry import Geometry
 from ..execution.program import Program
-from ..execution.steps import Conv, Factor, Factors, Pointwise
+from ..execution.steps import Conv, Pointwise
+from ..execution.weights import Factor, Factors
 from ..functional import lora
 from .base import Adapter, Site, fill, magnitude_shape
 from .config import ScaledConfig
@@ -142,14 +143,8 @@ class Lora(Adapter):
         last = Pointwise(Factor(_B, scaled=True))
         taps = geo.columns // geo.inp
         if _M in f:
-            first = Pointwise(Factor(_A))
-            return Program(
-                first,
-                last,
-                lambda geo, z, f: geo.apply(z, f[_M], groups=1),
-                cost=r * (geo.inp + geo.out + r * taps),
-                width=r,
-            )
+            core = Conv(Factor(_M, shape=tuple(f[_M].shape)))
+            return Program(Pointwise(Factor(_A)), last, core, cost=r * (geo.inp + geo.out + r * taps), width=r)
         plain = Pointwise(Factor(_A)) if geo.is_pointwise else Conv(Factor(_A, shape=(r, *geo.shape[1:])))
         return Program(plain, last, cost=r * (geo.columns + geo.out), width=r)
 

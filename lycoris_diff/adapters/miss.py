@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..execution.geometry import Geometry
 from ..execution.program import Program
-from ..execution.steps import Conv, Factor, Factors, Pointwise, Shards, Step, Tile
+from ..execution.steps import Conv, Pointwise, Shards, Step, Tile
+from ..execution.weights import Factor, Factors
 from ..functional import miss
 from .base import Adapter, Site, fill
 from .config import AdapterConfig

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from ..execution.geometry import Geometry
 from ..execution.norms import NormGeometry, norm_geometry_of
-from ..execution.steps import Factors
+from ..execution.weights import Factors
 from .base import Adapter, Site, fill
 from .config import AdapterConfig
 from .registry import register

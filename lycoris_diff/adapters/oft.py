@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError, ConfigError
 from ..execution.around import Around, Host, pointwise_input
 from ..execution.geometry import Geometry
-from ..execution.steps import Factors
+from ..execution.weights import Factors
 from ..functional import oft
 from ..functional.lokr import factorization
 from .base import Adapter, Site, fill

@@ -17,7 +17,7 @@ from ..execution.geometry import Geometry, is_transformers_conv1d
 from ..execution.marks import mark
 from ..execution.program import Program
 from ..execution.sparse import Pattern, Sparse
-from ..execution.steps import Factor, Factors, times_scale
+from ..execution.weights import Factor, Factors, times_scale
 from ..functional import shira
 from .base import Adapter, Site
 from .config import AdapterConfig

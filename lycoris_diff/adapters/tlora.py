@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError
 from ..execution.geometry import Geometry
-from ..execution.steps import Factors
+from ..execution.weights import Factors
 from ..functional import tlora
 from .base import Adapter, Site
 from .config import AlphaConfig

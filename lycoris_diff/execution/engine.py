@@ -19,10 +19,11 @@ from .costs import NOWHERE, Folded
 from .geometry import Geometry
 from .program import Program, add_gradients, is_direct, learned, sampled_gradients
 from .rows import channel_view, rows_backward, scale_rows, sum_rows
-from .steps import Factors, Step
+from .steps import Conv, Step
+from .weights import Factors
 
-#: the first step's output is kept for backward where it is at most this share of the input; of convolutions, whose base layer
-#: keeps the input anyway, twice that
+#: results of a program's steps are kept for backward where they are at most this share of the input; of convolutions, whose
+#: base layer keeps the input anyway, twice that
 KEPT = 0.25
 
 AddChange = Callable[[Tensor, Tensor, Factors], Tensor]
@@ -112,10 +113,13 @@ class Call:
         """Programs with their factors in the dtype of the operation, and what of them is folded."""
         return [(t.program, cast(f, self.dtype), t.folded) for t, f in self.split(tensors) if t.program is not None]
 
-    def worth_keeping(self, x: Tensor, z: Tensor | None) -> Tensor | None:
-        """The first step's output on ``x`` if it is small enough to be kept for backward, else None."""
-        limit = (2 if self.geometry.kernel else 1) * KEPT * x.numel()
-        return z if z is not None and z is not x and z.numel() <= limit else None
+    def worth_keeping(self, x: Tensor, *results: Tensor | None) -> list[Tensor | None]:
+        """Results on the way from ``x``, each None unless it is small enough to be kept for backward with those before it."""
+        room, kept = (2 if self.geometry.kernel else 1) * KEPT * x.numel(), []
+        for t in results:
+            kept.append(t if t is not None and t is not x and t.numel() <= room else None)
+            room -= 0 if kept[-1] is None else kept[-1].numel()
+        return kept
 
     def plain(self, x: Tensor, weight: Tensor, bias: Tensor | None, row: Tensor | None, *tensors: Tensor) -> Tensor:
         """The same result in plain differentiable operations."""
@@ -168,8 +172,12 @@ def adapted(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, row: Ten
     return _run(call, x, weight, bias, row, tensors)[0]
 
 
-def _run(call: Call, x, weight, bias, row, tensors) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
-    """Output, the unscaled output when rows are scaled, and of every program the first step's output or, folded, None.
+#: of a program, the first step's output and what its last step ran on, each None where it is not to be kept
+Midway = tuple[Tensor | None, Tensor | None]
+
+
+def _run(call: Call, x, weight, bias, row, tensors) -> tuple[Tensor, Tensor | None, list[Midway]]:
+    """Output, the unscaled output when rows are scaled, and what backward might keep of every program.
 
     The first steps come before the host's operation: they read the input while it is likely still in a cache.
     """
@@ -179,10 +187,12 @@ def _run(call: Call, x, weight, bias, row, tensors) -> tuple[Tensor, Tensor | No
     host_bias = None if bias is None or row is not None else bias.to(call.dtype)
     y = geo.apply(x, call.weight(weight, tensors, "forward"), host_bias)
     y = y if y.is_contiguous() else y.contiguous()
+    midway: list[Midway] = []
     for (program, f, _), z in zip(beside, started):
-        if z is not None:
-            program.finish_(geo, y, z, f)
-    return (y, None, started) if row is None else (scale_rows(y, row, bias), y, started)
+        h = None if z is None else program.finish_(geo, y, z, f)
+        # anything but a convolution is quickly done again
+        midway.append((z, h if call.is_direct and isinstance(program.mid, Conv) else None))
+    return (y, None, midway) if row is None else (scale_rows(y, row, bias), y, midway)
 
 
 class _Adapted(torch.autograd.Function):
@@ -190,8 +200,8 @@ class _Adapted(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, call: Call, x, weight, bias, row, *tensors):
-        y, unscaled, started = _run(call, x, weight, bias, row, tensors)
-        kept = [call.worth_keeping(x, z) for z in started]
+        y, unscaled, midway = _run(call, x, weight, bias, row, tensors)
+        kept = [t for pair in midway for t in call.worth_keeping(x, *pair)]
         ctx.set_materialize_grads(False)
         ctx.call, ctx.factors = call, len(tensors)
         ctx.save_for_backward(x, weight, bias, row, unscaled, *tensors, *kept)
@@ -201,6 +211,7 @@ class _Adapted(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight, bias, row, unscaled, *rest = ctx.saved_tensors
         tensors, kept = rest[: ctx.factors], rest[ctx.factors :]
+        kept = list(zip(kept[::2], kept[1::2]))
         needs = ctx.needs_input_grad[1:]
         if grad is None:
             return (None,) * (1 + len(needs))
@@ -239,7 +250,7 @@ def _direct_gradients(call: Call, x, tensors, kept, needs, grad):
     pushes = []
     kept = iter(kept)
     for term, own in call.split(tensors):
-        z = None if term.program is None else next(kept)
+        z, h = (None, None) if term.program is None else next(kept)
         wanted = [name for name, n in zip(term.names, needs[4 + len(found) :]) if n]
         f = cast(own, call.dtype)
         if term.program is None:
@@ -247,7 +258,7 @@ def _direct_gradients(call: Call, x, tensors, kept, needs, grad):
             by_name = learned(term.sampled, call.geometry, x, term.sampled.weight(f), f, wanted, grad)
         else:
             beside = needs[0] and not term.folded.backward
-            by_name, gz = term.program.backward_direct(call.geometry, x, z, f, wanted, grad, beside)
+            by_name, gz = term.program.backward_direct(call.geometry, x, z, f, wanted, grad, beside, h)
             pushes += [(term.program, f, gz)] if beside else []
         found += [by_name[name].to(own[name].dtype) if name in by_name else None for name in term.names]
     return found, pushes
@@ -264,7 +275,7 @@ def _gradients(call: Call, x, weight, tensors, kept, needs, grad):
     pushes = []
     with torch.enable_grad():
         running = call.beside(held)
-    for (program, f, folded), z in zip(running, kept):
+    for (program, f, folded), (z, _) in zip(running, kept):
         beside = needs[0] and not folded.backward
         grads, gz = program.backward(geo, x, z, f, leaves, grad, beside)
         total = add_gradients(total, grads)

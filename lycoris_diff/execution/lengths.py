@@ -21,7 +21,8 @@ from .engine import Call, Term, cast, differentiable_backward
 from .narrow import DEVICE, times_narrow
 from .program import Program
 from .rows import row_squares, rows_backward, scale_rows, sum_products, sum_rows
-from .steps import Conv, Factor, Factors, Pointwise
+from .steps import Conv, Pointwise
+from .weights import Factor, Factors
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class _Lengthened(torch.autograd.Function):
         y, state = _run(call, how, x, weight, bias, tensors)
         ctx.set_materialize_grads(False)
         ctx.call, ctx.how = call, how
-        kept = state._replace(started=call.worth_keeping(x, state.started))
+        kept = state._replace(started=call.worth_keeping(x, state.started)[0])
         ctx.save_for_backward(x, weight, bias, *kept, *tensors)
         return y
 
@@ -189,11 +190,11 @@ def _backward(call: Call, how: Lengths, x: Tensor, weight: Tensor, state: State,
         through = through * _like(row, through) if folded.backward else through
         g_x, _ = geo.gradients(scaled, x, through, True, False)
     if how.up.name in found:
-        found[how.up.name] = found[how.up.name].to(up.dtype) + how.up.pull(own, steep * changed)
+        found[how.up.name] = found[how.up.name].to(up.dtype) + how.up.pull(own, steep * changed, wanted)[how.up.name]
     if how.down.name in found:
         below = narrow.T @ weight.flatten(1).to(up.dtype) if below is None else below
         through_norms = torch.addmm(below, narrow.T @ up, down)
-        found[how.down.name] = found[how.down.name].to(up.dtype) + how.down.pull(own, through_norms)
+        found[how.down.name] = found[how.down.name].to(up.dtype) + how.down.pull(own, through_norms, wanted)[how.down.name]
     if how.magnitude in wanted:
         found[how.magnitude] = (g_row * inverse).view(own[how.magnitude].shape)
 

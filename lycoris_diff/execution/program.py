@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .geometry import Geometry
-from .steps import Factor, Factors, Step
+from .steps import Step
+from .weights import Factors, Formula
 
 
 @dataclass(slots=True)
@@ -51,9 +52,11 @@ class Program:
         """Output of the first step."""
         return x if self.first is None else self.first.apply(geo, x, _built(self.first, f))
 
-    def finish_(self, geo: Geometry, y: Tensor, z: Tensor, f: Factors) -> None:
-        """``y += last(mid(z))`` in place; no graph is recorded."""
-        self.last.add_(geo, y, self._between(geo, z, f), _built(self.last, f))
+    def finish_(self, geo: Geometry, y: Tensor, z: Tensor, f: Factors) -> Tensor:
+        """``y += last(mid(z))`` in place, and what the last step ran on; no graph is recorded."""
+        h = self._between(geo, z, f)
+        self.last.add_(geo, y, h, _built(self.last, f))
+        return h
 
     def _between(self, geo: Geometry, z: Tensor, f: Factors) -> Tensor:
         if isinstance(self.mid, Step):
@@ -67,16 +70,33 @@ class Program:
 
     @property
     def direct(self) -> bool:
-        """Whether every weight is a `Factor` or missing, so that `backward_direct` applies."""
-        steps = [step for step in (self.first, self.mid, self.last) if step is not None]
-        return all([isinstance(step, Step) and is_direct(step) for step in steps])
+        """Whether every weight is a `Formula` or missing, so that `backward_direct` applies."""
+        return all([isinstance(step, Step) and is_direct(step) for step in self._steps])
+
+    @property
+    def is_view(self) -> bool:
+        """Whether, moreover, no weight is computed."""
+        return self.direct and all([step.weight is None or step.weight.is_view for step in self._steps])
+
+    @property
+    def _steps(self) -> list[Any]:
+        return [step for step in (self.first, self.mid, self.last) if step is not None]
 
     def backward_direct(
-        self, geo: Geometry, x: Tensor, z: Tensor | None, f: Factors, wanted: Container[str], grad: Tensor, of_input: bool
+        self,
+        geo: Geometry,
+        x: Tensor,
+        z: Tensor | None,
+        f: Factors,
+        wanted: Container[str],
+        grad: Tensor,
+        of_input: bool,
+        h: Tensor | None = None,
     ) -> tuple[dict[str, Tensor], Tensor | None]:
         """As `backward`, for programs that are `direct`; without a graph.
 
         Args:
+            h: what the last step ran on where it was kept.
             wanted: names of the factors whose gradients are wanted.
 
         Returns:
@@ -87,7 +107,8 @@ class Program:
         z = self.start(geo, x, f) if z is None else z
         mid: Any = self.mid
         wm, wl = None if mid is None else _built(mid, f), _built(self.last, f)
-        h = z if mid is None else mid.apply(geo, z, wm)
+        if h is None:
+            h = z if mid is None else mid.apply(geo, z, wm)
         found = learned(self.last, geo, h, wl, f, wanted, grad)
         if not (of_input or trains(self.first, wanted) or (mid is not None and trains(mid, wanted))):
             return found, None
@@ -154,18 +175,18 @@ class Program:
 
 
 def is_direct(step: Step) -> bool:
-    """Whether the gradient of its weight is that of a factor, or there is none."""
-    return step.weight is None or isinstance(step.weight, Factor)
+    """Whether the gradient of its weight leads to factors by formula, or there is none."""
+    return step.weight is None or isinstance(step.weight, Formula)
 
 
 def trains(step: Step, wanted: Container[str]) -> bool:
-    """Whether the gradient of the factor behind a direct step's weight is wanted."""
-    return isinstance(step.weight, Factor) and step.weight.name in wanted
+    """Whether the gradient of a factor behind a direct step's weight is wanted."""
+    return isinstance(step.weight, Formula) and any([name in wanted for name in step.weight.names])
 
 
 def learned(step: Any, geo: Geometry, x: Tensor, w: Any, f: Factors, wanted: Container[str], grad: Tensor) -> dict[str, Tensor]:
-    """That gradient by the factor's name; nothing if it is not wanted. ``w`` is the step's weight."""
-    return {step.weight.name: step.weight.pull(f, step.weight_grad(geo, x, w, grad))} if trains(step, wanted) else {}
+    """Those gradients by the factors' names; nothing if none is wanted. ``w`` is the step's weight."""
+    return step.weight.pull(f, step.weight_grad(geo, x, w, grad), wanted) if trains(step, wanted) else {}
 
 
 def sampled_gradients(

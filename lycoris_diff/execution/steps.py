@@ -1,4 +1,4 @@
-"""The handful of linear steps that factored forms are put together from, and the factors their weights are built of.
+"""The handful of linear steps that factored forms are put together from.
 
 A step knows how to run, how to run backwards, and how to add its result to an existing tensor without a temporary.
 """
@@ -6,7 +6,6 @@ A step knows how to run, how to run backwards, and how to add its result to an e
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -16,44 +15,7 @@ from torch import Tensor
 
 from ..functional.miss import shard_sum
 from .geometry import Geometry, copies_are_smaller, given_up, mix, plus_on_every
-
-#: tensors by name; under "scale" a number where it is known
-Factors = Mapping[str, Tensor]
-Build = Callable[[Factors], Tensor]
-
-
-def times_scale(t: Tensor, scale: Tensor | float) -> Tensor:
-    """``t * scale``, without an operation where the scale is known to be one."""
-    return t if type(scale) is float and scale == 1.0 else t * scale
-
-
-@dataclass(frozen=True)
-class Factor:
-    """A step's weight that is one factor seen in another shape, perhaps times the scale; its gradient needs no graph.
-
-    Attributes:
-        name: of the factor.
-        scaled: times the scale.
-        swapped: its first two axes change places.
-        shape: of the weight after that; None makes it two-dimensional.
-    """
-
-    name: str
-    scaled: bool = False
-    swapped: bool = False
-    shape: tuple[int, ...] | None = None
-
-    def __call__(self, f: Factors) -> Tensor:
-        """The weight."""
-        t = times_scale(f[self.name], f["scale"]) if self.scaled else f[self.name]
-        t = t.transpose(0, 1) if self.swapped else t
-        return t.reshape(self.shape) if self.shape is not None else t.flatten(1) if t.dim() > 2 else t
-
-    def pull(self, f: Factors, grad: Tensor) -> Tensor:
-        """Gradient of the factor from that of the weight."""
-        t = f[self.name]
-        grad = grad.reshape(t.transpose(0, 1).shape).transpose(0, 1) if self.swapped else grad.reshape(t.shape)
-        return times_scale(grad, f["scale"]) if self.scaled else grad
+from .weights import Build
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from ..adapters.base import Adapter
 from ..execution.engine import Call, Term, cast
 from ..execution.marks import mark
 from ..execution.program import Program
-from ..execution.steps import Factors, Step
+from ..execution.steps import Step
+from ..execution.weights import Factors
 
 #: a step's weight is kept where it has at most this share of the layer's
 SMALL = 0.25

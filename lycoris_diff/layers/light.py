@@ -16,7 +16,7 @@ from ..adapters.base import Adapter
 from ..execution.engine import cast, changed_weight
 from ..execution.geometry import Geometry
 from ..execution.program import Program
-from ..execution.steps import Factors
+from ..execution.weights import Factors
 
 #: numbers in the layer's input and output, together, up to which it is small: the fused operation saves passes over them, half
 #: a millisecond for so many, and spends that on calls when none of them is in a cache
@@ -39,7 +39,7 @@ def keeps_little(geometry: Geometry, tokens: int, program: Program, f: Factors) 
     """Whether what autograd keeps beside the input is small: weights of steps, and results between them."""
     inputs = geometry.inp * geometry.groups
     sides = inputs + geometry.out
-    built = sum(t.numel() for t in f.values()) if program.direct else program.width * sides
+    built = sum(t.numel() for t in f.values()) if program.is_view else program.width * sides
     between = tokens * program.width * (1 if program.mid is None else 2)
     return built <= max(tokens * sides, LITTLE) and between <= max(tokens * inputs // 2, 2 * LITTLE)
 
