@@ -15,6 +15,7 @@ from lycoris_diff import (
     NormConfig,
     get_peft_model,
 )
+from lycoris_diff.functional import oft
 
 
 # --------------------------------------------------------------------------------------------------------- the formulas
@@ -40,6 +41,19 @@ def test_forward_merge_and_strength(case, host):
         assert torch.equal(model(x), base(x))
     assert relative_error(copy.deepcopy(model).merge_and_unload()(x), full) < 1e-9
     assert torch.equal(model.unload()(x), base(x))
+
+
+@pytest.mark.parametrize("terms", range(1, 9))
+def test_series_of_the_rotation(terms):
+    """I + 2 Q + ... + 2 Q^(n-1) + Q^n from its powers; the last power of three terms is the third, as in PEFT."""
+    q = torch.randn(3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(terms)) / 4
+    q = q - q.mT
+    last = 3 if terms == 3 else terms - 1
+    wanted = sum(
+        (torch.linalg.matrix_power(q, n) * (1 if n == last and terms != 2 else 2) for n in range(1, last + 1)),
+        torch.eye(4, dtype=q.dtype).expand_as(q),
+    )
+    torch.testing.assert_close(oft.neumann(q, terms), wanted, rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.parametrize(("case", "host"), [(c, h) for c, h in PAIRS if h in ("linear", "conv2d-1x1", "conv2d-zeros")])

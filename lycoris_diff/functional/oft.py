@@ -45,6 +45,10 @@ def neumann(q: Tensor, terms: int) -> Tensor:
     one = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device).expand_as(q)
     if terms < 3:
         return one if terms == 1 else torch.add(one, q, alpha=2)
+    if terms == 5:  # PEFT's default: two products instead of three, by (I + Q + Q^2)^2 = series + Q^2
+        square = torch.bmm(q, q)
+        root = one + q + square
+        return torch.baddbmm(square, root, root, beta=-1)
     two, rotation = 2 * one, q + 2 * one
     for _ in range(max(terms - 1, 3) - 2):  # Horner's way
         rotation = torch.baddbmm(two, q, rotation)
