@@ -28,9 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lycoris_diff
 from lycoris_diff.bookkeeping import adapted_layers
-from lycoris_diff.execution.costs import choose
-from lycoris_diff.execution.lengths import factors_of
-from lycoris_diff.layers.separate import lengthens
+from lycoris_diff.layers.choosing import weighed
 
 MARKERS = ("<!-- account: begin -->", "<!-- account: end -->")
 TITLE = "## Accounting"
@@ -74,19 +72,18 @@ def account(model: str, targets: str, algorithm: str) -> Account:
         geometry, adapter = layer.geometry, layer.adapter("default")
         program = adapter.program(adapter.inputs())
         count, size = tokens[path], prod(geometry.shape)
-        cost, width, sampled = (None, 0, None) if program is None else (program.cost, program.width, program.sampled_cost)
-        lengthened = lengthens(adapter) and program is not None and factors_of(program) is not None
-        foldable = program is not None and program.foldable and (lengthened or not adapter.depends_on_weight)
-        choice = choose(geometry.shape, count, True, cost, width, sampled_cost=sampled, foldable=foldable)
-        if choice.mode == "beside" and cost is not None:
+        choice = weighed(adapter, program, count)
+        if choice.mode == "beside" and program is not None:
             beside += 1
-            extra += 3 * count * cost
+            extra += 3 * count * program.cost
             folds = choice.folded
             reads, writes = 5 - folds.forward - 2 * folds.backward, 4 - 2 * folds.forward
-            traffic += BYTES * (count * (reads * geometry.inp + writes * geometry.out + 6 * width) + 2 * size * sum(folds))
+            traffic += BYTES * (
+                count * (reads * geometry.inp + writes * geometry.out + 6 * program.width) + 2 * size * sum(folds)
+            )
         else:
             instead += 1
-            extra += count * (sampled or 0) if choice.sampled else count * size
+            extra += count * (program.sampled_cost or 0) if choice.sampled and program is not None else count * size
             traffic += BYTES * (6 if choice.sampled else 12) * size
     return Account(beside, instead, frozen, extra, traffic)
 

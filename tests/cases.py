@@ -12,6 +12,7 @@ from typing import Any
 import oracles
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from lycoris_diff import (
@@ -175,6 +176,31 @@ def adapt(layer: nn.Module, config: Any, name: str = "default") -> tuple[Adapter
     """Model around one adapted layer, and that layer."""
     model = get_peft_model(Holder(layer), config, adapter_name=name)
     return model, model.get_base_model().layer
+
+
+def as_function(model: nn.Module, x: Tensor) -> tuple[Callable[..., Any], tuple[Tensor, ...]]:
+    """The model as a function of its input and of everything it trains, and where to check its derivatives."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def run(x: Tensor, *values: Tensor) -> Any:
+        return functional_call(model, dict(zip(trained, values, strict=True)), (x,))
+
+    return run, tuple(t.detach().clone().requires_grad_() for t in (x, *trained.values()))
+
+
+def kept_storages(model: nn.Module, x: Tensor) -> list[int]:
+    """Bytes of every storage that a forward keeps for backward, but for the model's own."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = model(x)  # alive until the end, so that no address is given out twice
+    assert y.requires_grad
+    return [size for address, size in kept.items() if address not in own]
 
 
 def randomize(model: nn.Module, seed: int = 3, std: float = 0.5) -> None:

@@ -45,10 +45,10 @@ def fused(monkeypatch):
 @pytest.fixture
 def folded(fused, monkeypatch):
     """Their factored forms run through the weight, forward and backward, as those of layers with many tokens do."""
-    from lycoris_diff.layers import separate
+    from lycoris_diff.layers import choosing
 
     monkeypatch.setattr("lycoris_diff.execution.costs.FEW", 0)
     monkeypatch.setattr("lycoris_diff.execution.costs.FOLD", 0)
-    separate._choose.cache_clear()
+    choosing.remembered.cache_clear()
     yield
-    separate._choose.cache_clear()
+    choosing.remembered.cache_clear()

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from accelerate import cpu_offload
-from cases import Holder, adapt, make_input, make_layer, relative_error
+from cases import Holder, adapt, as_function, make_input, make_layer, relative_error
 from more_adapters import CASES, HERE, factors_of, on_channels, shake
 from torch import nn
 
@@ -213,13 +213,7 @@ def test_norm_gradients(name):
     model = get_peft_model(Holder(norms()[name]), NormConfig())
     shake(model.get_base_model().layer.adapters["default"])
     x = torch.randn(2, 12, 3, dtype=torch.float64) if name == "group" else torch.randn(3, 12, dtype=torch.float64)
-    names = [n for n, p in model.named_parameters() if p.requires_grad]
-
-    def run(x, *values):
-        return torch.func.functional_call(model, dict(zip(names, values)), (x,))
-
-    inputs = (x.requires_grad_(), *[model.get_parameter(n).detach().clone().requires_grad_() for n in names])
-    assert torch.autograd.gradcheck(run, inputs)
+    assert torch.autograd.gradcheck(*as_function(model, x))
 
 
 def test_norms_on_offloaded_and_half_models():

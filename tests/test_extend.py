@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from cases import LAYERS, Holder, adapt, make_input, make_layer, relative_error
+from cases import LAYERS, Holder, adapt, as_function, make_input, make_layer, relative_error
 from modelcases import adapted_layers
 from smallmodels import clip, output_of, tokens
 from torch import nn
@@ -98,14 +98,7 @@ def test_a_new_algorithm_works_on_every_layer(config, layer):
     model.set_scale("default", 0.0)
     assert torch.equal(model(x), adapted.base_layer(x))
     model.set_scale("default", 1.0)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-
-    def run(*values):
-        names = [n for n, p in model.named_parameters() if p.requires_grad]
-        return torch.func.functional_call(model, dict(zip(names, values)), (x,))
-
-    inputs = tuple(p.detach().clone().requires_grad_() for p in parameters)
-    assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
+    assert torch.autograd.gradcheck(*as_function(model, x), fast_mode=True)
 
 
 def test_the_formula_is_what_runs():

@@ -12,6 +12,7 @@ from cases import (
     PLAIN_LAYERS,
     SHAPED_LAYERS,
     adapt,
+    as_function,
     build,
     dense_gradients,
     make_input,
@@ -21,7 +22,6 @@ from cases import (
     trainable,
 )
 from torch import nn
-from torch.func import functional_call
 
 pytestmark = pytest.mark.usefixtures("fused")
 
@@ -72,16 +72,7 @@ def test_half_precision_base_trains_float32_factors(algorithm, layer):
 def test_finite_differences(algorithm, layer, large):
     """gradcheck in the fast mode: random projections of the full Jacobians."""
     _, model, adapted = build(algorithm, layer)
-    parameters = trainable(adapted)
-    names = list(parameters)
-    full = dict(zip((id(p) for p in model.parameters()), dict(model.named_parameters())))
-    paths = [full[id(parameters[n])] for n in names]
-    x = make_input(adapted.base_layer, large).requires_grad_()
-
-    def run(x, *values):
-        return functional_call(model, dict(zip(paths, values)), (x,))
-
-    inputs = (x, *[p.detach().clone().requires_grad_() for p in parameters.values()])
+    run, inputs = as_function(model, make_input(adapted.base_layer, large))
     assert torch.autograd.gradcheck(run, inputs, fast_mode=True, atol=1e-5, rtol=1e-3, eps=1e-6)
 
 
@@ -110,17 +101,9 @@ TINY_FIELDS = {
 def tiny(algorithm, layer):
     torch.manual_seed(0)
     make, shape = TINY[layer]
-    model, adapted = adapt(make().double(), ALGORITHMS[algorithm](**TINY_FIELDS.get(algorithm, {})))
+    model, _ = adapt(make().double(), ALGORITHMS[algorithm](**TINY_FIELDS.get(algorithm, {})))
     randomize(model)
-    parameters = trainable(adapted)
-    paths = {id(p): n for n, p in model.named_parameters()}
-    names = [paths[id(p)] for p in parameters.values()]
-
-    def run(x, *values):
-        return functional_call(model, dict(zip(names, values)), (x,))
-
-    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    return run, (x, *[p.detach().clone().requires_grad_() for p in parameters.values()])
+    return as_function(model, torch.randn(shape, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(

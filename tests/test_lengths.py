@@ -1,4 +1,4 @@
-"""DoRA over LoRA as one operation of formulas: output and every gradient against a dense rebuild, in every way it runs."""
+"""DoRA over LoRA and LoHa as one operation of formulas: output and gradients against a dense rebuild, in every way it runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 import oracles
 import pytest
 import torch
-from cases import ALGORITHMS, adapt, make_input, make_layer
+from cases import ALGORITHMS, adapt, as_function, kept_storages, make_input, make_layer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from more_adapters import filled
@@ -21,8 +21,8 @@ from lycoris_diff.execution.costs import NOWHERE, Folded, rides
 from lycoris_diff.execution.program import Program
 from lycoris_diff.execution.steps import Conv, Mix, Pointwise
 from lycoris_diff.execution.weights import Factor
+from lycoris_diff.layers import choosing
 from lycoris_diff.layers import layer as layers
-from lycoris_diff.layers import separate
 
 #: whether narrow products ride along, and what runs through the changed weight
 WAYS = {
@@ -47,14 +47,14 @@ HOSTS = [
 def take(patch: pytest.MonkeyPatch, way: str) -> list:
     """From now on layers of any size run in that way; returned is a list that grows with every call of the operation."""
     ride, folds = WAYS[way]
-    choose, run, calls = separate.choose, lengths.lengthened, []
+    choose, run, calls = choosing.choose, lengths.lengthened, []
     patch.setattr("lycoris_diff.layers.light.SMALL", 0)
     patch.setattr("lycoris_diff.layers.light.LITTLE", 0)
 
     def chosen(*args, foldable=False, **more):
         return dataclasses.replace(choose(*args, **more), mode="beside", folded=folds if foldable else NOWHERE)
 
-    patch.setattr(separate, "_choose", chosen)
+    patch.setattr(choosing, "remembered", chosen)
     patch.setattr(layers, "rides", lambda shape, tokens: ride and len(shape) == 2)
     patch.setattr(layers, "lengthened", lambda *args: calls.append(args) or run(*args))
     return calls
@@ -65,9 +65,9 @@ def calls(request, monkeypatch):
     return take(monkeypatch, request.param)
 
 
-def dora(host, **fields):
+def dora(host, algorithm="lora-dora", **fields):
     """A model with that layer, filled, in float64 like its layer."""
-    config = ALGORITHMS["lora-dora"](**fields)
+    config = ALGORITHMS[algorithm](**fields)
     model, adapted = adapt(host, config, "a")
     model.set_adapter("a")
     return filled(model, 0.3), adapted
@@ -78,8 +78,8 @@ def rebuilt(adapted, x):
     base, adapter = adapted.base_layer, adapted.adapter("a")
     leaves = {name: adapter.get_tensor(name).detach().double().requires_grad_() for name in adapter.factor_shapes}
     weight = adapted.geometry.canonical(base.weight.double())
-    delta = oracles.lora(leaves, adapter.scaling, tuple(weight.shape))
-    change = oracles.dora(weight, delta, leaves["lora_magnitude_vector"], "out")
+    dense = oracles.loha if "hada_w1_a" in leaves else oracles.lora
+    change = oracles.dora(weight, dense(leaves, adapter.scaling, tuple(weight.shape)), leaves[adapter.magnitude_name], "out")
     state = {"weight": adapted.geometry.stored(weight + change)}
     if base.bias is not None:
         state["bias"] = base.bias.double()
@@ -99,35 +99,33 @@ def compare(model, adapted, x, **tolerance):
     torch.testing.assert_close(found(model, x), rebuilt(adapted, x), **tolerance)
 
 
+@pytest.mark.parametrize("algorithm", ["lora-dora", "loha-dora"])
 @pytest.mark.parametrize("host", HOSTS)
-def test_same_function(host, calls):
-    model, adapted = dora(make_layer(host))
+def test_same_function(host, algorithm, calls):
+    model, adapted = dora(make_layer(host), algorithm)
     compare(model, adapted, make_input(adapted.base_layer), rtol=1e-10, atol=1e-10)
     assert len(calls) == 1
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.sampled_from(list(WAYS)), *[st.integers(1, 40)] * 3, st.integers(0, 40), st.booleans(), st.floats(0.1, 9))
-def test_any_sizes(way, inp, out, rank, tokens, bias, alpha):
+@given(st.sampled_from(list(WAYS)), *[st.integers(1, 40)] * 3, st.integers(0, 40), *[st.booleans()] * 2, st.floats(0.1, 9))
+def test_any_sizes(way, inp, out, rank, tokens, bias, hadamard, alpha):
     layer = nn.Linear(inp, out, bias=bias, dtype=torch.float64).requires_grad_(False)
     with pytest.MonkeyPatch.context() as patch:
         calls = take(patch, way)
-        model, adapted = dora(layer, r=min(rank, inp, out), lora_alpha=alpha)
+        fields = {"r": min(rank, inp, out, 6), "alpha": alpha} if hadamard else {"r": min(rank, inp, out), "lora_alpha": alpha}
+        model, adapted = dora(layer, "loha-dora" if hadamard else "lora-dora", **fields)
         compare(model, adapted, torch.randn(tokens, inp, dtype=torch.float64), rtol=1e-8, atol=1e-8)
         assert len(calls) == 1
 
 
-def test_derivatives(calls):
+@pytest.mark.parametrize("algorithm", ["lora-dora", "loha-dora"])
+def test_derivatives(algorithm, calls):
     """By finite differences, of the second order as well."""
-    _, adapted = dora(make_layer("linear"), r=2)
-    names, values = zip(*((n, p) for n, p in adapted.named_parameters() if p.requires_grad), strict=True)
-    x = make_input(adapted.base_layer)[:1].requires_grad_()
-
-    def run(x, *values):
-        return torch.func.functional_call(adapted, dict(zip(names, values, strict=True)), (x,))
-
-    assert torch.autograd.gradcheck(run, (x, *values))
-    assert torch.autograd.gradgradcheck(run, (x, *values))
+    _, adapted = dora(make_layer("linear"), algorithm, r=2)
+    run, inputs = as_function(adapted, make_input(adapted.base_layer)[:1])
+    assert torch.autograd.gradcheck(run, inputs)
+    assert torch.autograd.gradgradcheck(run, inputs)
     assert calls
 
 
@@ -154,9 +152,13 @@ def test_factors_in_another_dtype(dtype, other, calls):
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize("trained", ["lora_A.weight", "lora_B.weight", "lora_magnitude_vector", "x", ""])
-def test_only_one_is_trained(trained, calls):
-    model, adapted = dora(make_layer("linear"))
+ONE = [("lora-dora", name) for name in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector", "x", "")]
+ONE += [("loha-dora", name) for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "dora_scale")]
+
+
+@pytest.mark.parametrize(("algorithm", "trained"), ONE)
+def test_only_one_is_trained(algorithm, trained, calls):
+    model, adapted = dora(make_layer("linear"), algorithm)
     x = make_input(adapted.base_layer)
     y, g_x, grads = rebuilt(adapted, x)
     for name in adapted.adapter("a").factor_shapes:
@@ -244,7 +246,7 @@ def test_beside_another(calls):
 @pytest.mark.parametrize("host", ["linear", "conv2d-zeros"])
 def test_tucker_and_other_algorithms(host, calls):
     """They have no plain product, or an axis of their own: they run as before."""
-    for name in ("lora-tucker-dora", "lora-dora-in", "loha-dora", "lokr-dora"):
+    for name in ("lora-tucker-dora", "lora-dora-in", "loha-dora-in", "lokr-dora"):
         model, adapted = adapt(make_layer(host), ALGORITHMS[name](), "a")
         model.set_adapter("a")
         model(make_input(adapted.base_layer))
@@ -265,16 +267,7 @@ def test_what_is_kept(calls):
     """The input, the output before its rows are scaled, and a few numbers a row; whole storages, not views of them."""
     model, _ = dora(nn.Linear(96, 128).requires_grad_(False), r=4)
     x = torch.randn(300, 96, requires_grad=True)
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), x)}
-    sizes = {}
-
-    def pack(t):
-        sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes() // t.itemsize
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        model(x)
-    assert sum(size for pointer, size in sizes.items() if pointer not in own) <= 300 * 128 + 300 * 4 + 128 * (4 + 3)
+    assert sum(kept_storages(model, x)) <= 4 * (300 * 96 + 300 * 128 + 300 * 4 + 128 * (4 + 3))
 
 
 def test_where_they_ride():
@@ -306,8 +299,8 @@ def test_they_fold_in_the_choice():
 def test_what_is_no_product():
     """Two factors of which the second has a kernel are none."""
     point, taps = Factor("a"), Factor("b", shape=(4, 2, 3))
-    assert lengths.factors_of(Program(Conv(taps), Pointwise(point))) == (point, taps)
-    assert lengths.factors_of(Program(Pointwise(point), Conv(taps))) is None
-    assert lengths.factors_of(Program(Pointwise(point, groups=2), Pointwise(point))) is None
-    assert lengths.factors_of(Program(Pointwise(point), Pointwise(lambda f: f["a"]))) is None
-    assert lengths.factors_of(Program(Pointwise(point), Pointwise(point), Mix(point))) is None
+    assert lengths.product_of(Program(Conv(taps), Pointwise(point))) == (point, taps)
+    assert lengths.product_of(Program(Pointwise(point), Conv(taps))) is None
+    assert lengths.product_of(Program(Pointwise(point, groups=2), Pointwise(point))) is None
+    assert lengths.product_of(Program(Pointwise(point), Pointwise(lambda f: f["a"]))) is None
+    assert lengths.product_of(Program(Pointwise(point), Pointwise(point), Mix(point))) is None

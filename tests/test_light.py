@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from cases import ALGORITHMS, Holder, adapt, make_input, make_layer
+from cases import ALGORITHMS, Holder, adapt, kept_storages, make_input, make_layer
 from more_adapters import filled
 from test_around import results
 from torch import nn
@@ -248,20 +248,10 @@ def test_kept_for_backward(algorithm, tokens, share):
     model, _ = adapt(nn.Linear(256, 256), ALGORITHMS[algorithm](), "a")
     model.set_adapter("a")
     filled(model)
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     x = torch.randn(tokens, 256, requires_grad=True)
-    kept: dict[int, int] = {}
-
-    def pack(t):
-        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = model(x)
-    assert y.requires_grad
-    others = [size for address, size in kept.items() if address not in own]
-    assert sum(others) <= share * x.numel() * x.element_size()
-    assert all(size < 256 * 256 * 4 or size == x.numel() * x.element_size() for size in others)
+    kept = kept_storages(model, x)
+    assert sum(kept) <= share * x.nbytes
+    assert all(size < 256 * 256 * 4 or size == x.nbytes for size in kept)
 
 
 def test_wide_results_between_steps_run_as_one_operation(ran):

@@ -5,9 +5,8 @@ from __future__ import annotations
 import oracles
 import pytest
 import torch
-from cases import IN, OUT, Holder, make_input, make_layer, randomize, relative_error, trainable
+from cases import IN, OUT, Holder, as_function, make_input, make_layer, randomize, relative_error, trainable
 from torch import nn
-from torch.func import functional_call
 
 from lycoris_diff import AdapterModel, LoKrConfig
 from lycoris_diff.bookkeeping import set_active
@@ -120,13 +119,7 @@ def test_factored_form_itself(layer, layout):
 @pytest.mark.parametrize("layer", ["linear", "conv2d-zeros"])
 def test_derivatives_of_first_and_second_order(layer):
     model, adapted, *_ = build(layer, "low w2", "middle")
-    names = [n for n, p in model.named_parameters() if p.requires_grad]
-    x = make_input(adapted.base_layer).requires_grad_()
-
-    def run(x, *values):
-        return functional_call(model, dict(zip(names, values)), (x,))
-
-    inputs = (x, *[p.detach().clone().requires_grad_() for p in model.parameters() if p.requires_grad])
+    run, inputs = as_function(model, make_input(adapted.base_layer))
     assert torch.autograd.gradcheck(run, inputs, fast_mode=True, atol=1e-5, rtol=1e-3)
     assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True, atol=1e-4, rtol=1e-2)
 

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from cases import Holder, adapt, make_input, make_layer, relative_error
+from cases import Holder, adapt, as_function, make_input, make_layer, relative_error
 from more_adapters import CASES, PAIRS, adapted, expected, factors_of, shake
 from torch import nn
 
@@ -104,12 +104,7 @@ def test_gradcheck(case):
     model, layer = adapt(host, config)
     shake(layer.adapters["default"])
     x = torch.randn(2, 8, 4, 4, dtype=torch.float64)
-    names = [n for n, p in model.named_parameters() if p.requires_grad]
-
-    def run(x, *values):
-        return torch.func.functional_call(model, dict(zip(names, values)), (x,))
-
-    inputs = (x.requires_grad_(), *[model.get_parameter(n).detach().clone().requires_grad_() for n in names])
+    run, inputs = as_function(model, x)
     assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
     assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
 

@@ -1,4 +1,4 @@
-"""DoRA over a product of two factors, as one autograd operation: ``y = row * (W + up down) x + bias``.
+"""DoRA over a product of two matrices, as one autograd operation: ``y = row * (W + up down) x + bias``.
 
 ``row = magnitude / ||W + up down||``, row by row. The norms need ``W down^T``, and the gradient of ``down`` through them
 another product of the weight with something as narrow. Where there are few tokens, both ride along as more tokens in the
@@ -19,10 +19,10 @@ from ..functional import dora
 from .costs import Folded
 from .engine import Call, Term, cast, differentiable_backward
 from .narrow import DEVICE, times_narrow
-from .program import Program
+from .program import Program, trains
 from .rows import row_squares, rows_backward, scale_rows, sum_products, sum_rows
 from .steps import Conv, Pointwise
-from .weights import Factor, Factors
+from .weights import Factors, Formula
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Lengths:
     """
 
     magnitude: str
-    up: Factor
-    down: Factor
+    up: Formula
+    down: Formula
     ride: bool = False
 
     def rides(self, x: Tensor, down: Tensor) -> bool:
@@ -51,14 +51,15 @@ class Lengths:
         return up.to(wide), down.to(wide)
 
 
-def factors_of(program: Program) -> tuple[Factor, Factor] | None:
-    """The product's two factors, ``up`` first, if a factored form is nothing but one on all channels at once; else None."""
+def product_of(program: Program) -> tuple[Formula, Formula] | None:
+    """The product's two matrices, ``up`` first, if a factored form is nothing but one on all channels at once; else None."""
     first, last = program.first, program.last
-    if program.mid is not None or type(first) not in (Pointwise, Conv) or type(last) is not Pointwise:
+    if program.mid is not None or not isinstance(first, (Pointwise, Conv)) or type(last) is not Pointwise:
         return None
-    up, down = last.weight, first.weight  # type: ignore[union-attr]
-    whole = first.groups == last.groups == 1  # type: ignore[union-attr]
-    return (up, down) if whole and isinstance(up, Factor) and isinstance(down, Factor) and not up.swapped else None
+    up, down = last.weight, first.weight
+    if first.groups > 1 or last.groups > 1 or not (isinstance(up, Formula) and isinstance(down, Formula)):
+        return None
+    return None if up.rows is None else (up, down)
 
 
 def lengthened(call: Call, how: Lengths, x: Tensor, weight: Tensor, bias: Tensor | None, tensors: Sequence[Tensor]) -> Tensor:
@@ -166,16 +167,18 @@ def _backward(call: Call, how: Lengths, x: Tensor, weight: Tensor, state: State,
     f, (up, down) = cast(own, call.dtype), how.product(own, call.dtype)
     wanted = [name for name, need in zip(term.names, needs[3:]) if need]
     beside = needs[0] and not folded.backward
-    ride = how.rides(x, down) and beside and how.down.name in wanted
+    ride = how.rides(x, down) and beside and trains(program.first, wanted)
+    rows = how.up.rows
+    assert rows is not None  # `product_of` saw to it
     if folded.backward:  # the rows of what the gradient is multiplied with are scaled, not those of the gradient
         g_row, above = sum_products(grad, unscaled), grad
-        f[how.up.name] = f[how.up.name] * _like(row, f[how.up.name])
+        f[rows] = f[rows] * _like(row, f[rows])
     else:
         g_row, above = rows_backward(grad, unscaled, row, down.shape[0] if ride else 0)
     scaled = above[: grad.shape[0]]
     found, gz = program.backward_direct(geo, x, z, f, wanted, scaled, beside)
-    if folded.backward and how.up.name in found:
-        found[how.up.name] = found[how.up.name] * _like(row, found[how.up.name])
+    if folded.backward and rows in found:
+        found[rows] = found[rows] * _like(row, found[rows])
 
     # through the norms: row's derivative by W', and from there to the two factors
     steep = (g_row * slope).unsqueeze(1)
@@ -189,12 +192,12 @@ def _backward(call: Call, how: Lengths, x: Tensor, weight: Tensor, state: State,
         through = call.weight(weight, tensors, "backward")
         through = through * _like(row, through) if folded.backward else through
         g_x, _ = geo.gradients(scaled, x, through, True, False)
-    if how.up.name in found:
-        found[how.up.name] = found[how.up.name].to(up.dtype) + how.up.pull(own, steep * changed, wanted)[how.up.name]
-    if how.down.name in found:
+    through_norms = how.up.pull(own, steep * changed, wanted)
+    if trains(program.first, wanted):
         below = narrow.T @ weight.flatten(1).to(up.dtype) if below is None else below
-        through_norms = torch.addmm(below, narrow.T @ up, down)
-        found[how.down.name] = found[how.down.name].to(up.dtype) + how.down.pull(own, through_norms, wanted)[how.down.name]
+        through_norms |= how.down.pull(own, torch.addmm(below, narrow.T @ up, down), wanted)
+    for name, more in through_norms.items():
+        found[name] = found[name].to(up.dtype) + more
     if how.magnitude in wanted:
         found[how.magnitude] = (g_row * inverse).view(own[how.magnitude].shape)
 

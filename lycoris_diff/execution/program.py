@@ -179,9 +179,9 @@ def is_direct(step: Step) -> bool:
     return step.weight is None or isinstance(step.weight, Formula)
 
 
-def trains(step: Step, wanted: Container[str]) -> bool:
+def trains(step: Step | None, wanted: Container[str]) -> bool:
     """Whether the gradient of a factor behind a direct step's weight is wanted."""
-    return isinstance(step.weight, Formula) and any([name in wanted for name in step.weight.names])
+    return step is not None and isinstance(step.weight, Formula) and any([name in wanted for name in step.weight.names])
 
 
 def learned(step: Any, geo: Geometry, x: Tensor, w: Any, f: Factors, wanted: Container[str], grad: Tensor) -> dict[str, Tensor]:

@@ -34,6 +34,11 @@ class Formula:
         """Whether nothing of the weight's size is computed, but for a scale."""
         return False
 
+    @property
+    def rows(self) -> str | None:
+        """Name of a factor whose rows scale the weight's; None if there is none."""
+        return None
+
     def __call__(self, f: Factors) -> Tensor:
         """The weight."""
         raise NotImplementedError
@@ -66,6 +71,10 @@ class Factor(Formula):
     @property
     def is_view(self) -> bool:
         return True
+
+    @property
+    def rows(self) -> str | None:
+        return None if self.swapped else self.name
 
     def __call__(self, f: Factors) -> Tensor:
         t = times_scale(f[self.name], f["scale"]) if self.scaled else f[self.name]
@@ -103,18 +112,22 @@ class KhatriRao(Formula):
     def names(self) -> tuple[str, ...]:
         return self.first, self.second
 
-    def _rows(self, f: Factors) -> tuple[Tensor, Tensor]:
+    @property
+    def rows(self) -> str | None:
+        return self.first if self.swapped and self.upright else None
+
+    def _flat(self, f: Factors) -> tuple[Tensor, Tensor]:
         """``(r, n)`` and ``(s, n)``."""
         first, second = times_scale(f[self.first], f["scale"]) if self.scaled else f[self.first], f[self.second]
         return (first.T, second.T) if self.upright else (first, second)
 
     def __call__(self, f: Factors) -> Tensor:
-        w = loha.khatri_rao(*self._rows(f))
+        w = loha.khatri_rao(*self._flat(f))
         w = w.T if self.swapped else w
         return w if self.shape is None else w.reshape(self.shape)
 
     def pull(self, f: Factors, grad: Tensor, wanted: Container[str]) -> dict[str, Tensor]:
-        first, second = self._rows(f)
+        first, second = self._flat(f)
         n = first.shape[1]
         rows = grad.reshape(n, -1).T if self.swapped else grad.reshape(-1, n)
         by_name = {}

@@ -11,26 +11,16 @@ from torch import Tensor, nn
 from ..adapters.base import Adapter
 from ..execution.costs import Folded, rides
 from ..execution.engine import Call, Term, adapted
-from ..execution.lengths import Lengths, factors_of, lengthened
+from ..execution.lengths import Lengths, lengthened
 from ..execution.narrow import narrowed
 from ..execution.program import Program
+from .choosing import lengthened_product, lengthens, may_fold, scales_rows
 from .frozen import Ready, frozen, prepared, settled
 from .light import Parts, changes_cheaply, has_little_weight, is_small, keeps_little, run_light
 from .parts import bias_change, plus, row_factor
 from .plans import Plan
 from .samples import Samples
-from .separate import (
-    Active,
-    Running,
-    SeparateLayer,
-    compute_dtype,
-    lengthens,
-    masked,
-    may_fold,
-    module_dropout,
-    scales_rows,
-    varied,
-)
+from .separate import Active, Running, SeparateLayer, compute_dtype, masked, module_dropout, varied
 
 
 class AdaptedLayer(SeparateLayer):
@@ -122,7 +112,7 @@ class AdaptedLayer(SeparateLayer):
 
     def _lengthening(self, adapter: Adapter, scale: float, program: Program, folds: Folded, x: Tensor) -> Plan | None:
         """How DoRA trains alone where its change is a product of two factors and its rows are scaled; None elsewhere."""
-        product = factors_of(program) if lengthens(adapter) else None
+        product = lengthened_product(adapter, program)
         if product is None:
             return None
         change = lambda total, base, f: adapter.add_delta(total, f)

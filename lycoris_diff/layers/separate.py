@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,14 +12,14 @@ from torch import Tensor, nn
 from ..adapters.base import Adapter
 from ..errors import AdapterError
 from ..execution.around import Around, Host, apply_around, run_around
-from ..execution.costs import Choice, Folded, around_is_cheaper, choose
+from ..execution.costs import Choice, Folded, around_is_cheaper
 from ..execution.engine import Term, cast, changed_weight
 from ..execution.geometry import is_transformers_conv1d
-from ..execution.lengths import factors_of
-from ..execution.narrow import DEVICE, DTYPES, narrowed
+from ..execution.narrow import narrowed
 from ..execution.packed import describe, rearranged
 from ..execution.program import Program
 from ..execution.steps import Step
+from .choosing import may_fold, weighed
 from .mergeable import MergeableLayer
 from .parts import bias_change, plus
 from .samples import Samples
@@ -214,15 +213,8 @@ class SeparateLayer(MergeableLayer):
         if program is not None and not program.eager_only and not plain:
             return Choice("beside", program.cost, 0), program
         training = torch.is_grad_enabled() and any([t.requires_grad for t in f.values()])
-        cost, width = (None, 0) if program is None else (program.cost, program.width)
-        sampled = None if program is None else program.sampled_cost
-        shape, tokens = self.geometry.shape, self.geometry.tokens(x)
-        if torch.compiler.is_compiling():  # compilers look through a cache, with a warning
-            return choose(shape, tokens, training, cost, width, sampled_cost=sampled), program
-        foldable = may_fold(x) and program is not None and program.foldable
-        if foldable and adapter.depends_on_weight:
-            foldable = alone and training and lengthens(adapter) and factors_of(program) is not None  # type: ignore[arg-type]
-        return _choose(shape, tokens, training, cost, width, sampled_cost=sampled, foldable=foldable), program
+        folds = may_fold(x) and not torch.compiler.is_compiling()
+        return weighed(adapter, program, self.geometry.tokens(x), training, folds, alone), program
 
     def _row_mask(self, adapter: Adapter, out: Tensor) -> Tensor:
         """Rank dropout: drop output rows of the adapter's part; never divides by zero."""
@@ -240,7 +232,6 @@ class SeparateLayer(MergeableLayer):
         return {n: self._choose(adapter, f, inner, plain, alone)[0] for n, (adapter, f) in first.items()}
 
 
-_choose = functools.lru_cache(maxsize=4096)(choose)
 _PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _SHARED = vars(torch.nn.modules.module)
 #: fields of configs that hold a dropout's probability, by what is dropped
@@ -260,25 +251,6 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     """Dtype an operation on ``x`` runs in: autocast's where it is on, else the input's."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
-def may_fold(x: Tensor) -> bool:
-    """Whether changes may run through the weight: on processors, where it was measured, and not in a half precision.
-
-    There the sum would lose what is small beside the weight.
-    """
-    return x.device.type == DEVICE and x.dtype in DTYPES
-
-
-def scales_rows(adapter: Adapter) -> bool:
-    """Whether DoRA comes to a factor on every output row: on the output axis, at full strength."""
-    full = adapter.decomposed and adapter.get_strength() == 1.0
-    return full and adapter.config.dora_axis == "out"  # type: ignore[attr-defined]
-
-
-def lengthens(adapter: Adapter) -> bool:
-    """The same in training. Frozen factors keep to the operations of the path that prepares them, and so to its bits."""
-    return scales_rows(adapter) and adapter.learns
 
 
 def _trains(adapter: Adapter) -> bool:
