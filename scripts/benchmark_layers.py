@@ -5,6 +5,7 @@ For every layer case and algorithm all contenders run interleaved in one process
 training step (forward, and backward with the gradient to the input, over frozen weights) and one forward under
 ``no_grad``, in an order that rotates from round to round and is reversed in every other one. Reported are medians and
 quartiles of the ratios to the base layer of the same round, and the bytes kept for backward beyond the base layer's.
+Where the target of ours lies within the quartiles after ``--rounds``, ``--most-rounds`` are measured.
 
     python scripts/benchmark_layers.py                                      # everything, some ten minutes on two cores
     python scripts/benchmark_layers.py --cases 1280x1280 --algos lokr loha  # a part
@@ -211,8 +212,13 @@ class Row:
     saved: dict[str, int]
     to_peft: Spread
 
+    @property
+    def target(self) -> Target | None:
+        """The one that this case has with this algorithm."""
+        return next((t for t in TARGETS if self.algorithm in t.algorithms and t.holds(self.case)), None)
 
-def measure(case: Case, name: str, rounds: int, warmup: int) -> Row:
+
+def measure(case: Case, name: str, rounds: int, most_rounds: int, warmup: int) -> Row:
     """Run all contenders for one case and algorithm."""
     torch.manual_seed(0)
     contenders = make_contenders(case, ALGORITHMS[name])
@@ -220,23 +226,28 @@ def measure(case: Case, name: str, rounds: int, warmup: int) -> Row:
     gradient = torch.randn_like(contenders["base"].layer(x))
     times: dict[str, list[tuple[float, float]]] = {c: [] for c in contenders}
     steps = max(1, round(TURN / min(contenders["base"].times(x, gradient)[0] for _ in range(5))))
-    for index in range(warmup + rounds):
-        for c in order(list(contenders), index):
-            times[c].append(contenders[c].times(x, gradient, steps))
-    trained, forwards = ({c: [pair[i] for pair in pairs[warmup:]] for c, pairs in times.items()} for i in range(2))
     saved = {name: saved_bytes(c.owners, partial(c.layer, x)) for name, c in contenders.items()}
     others = [c for c in ADAPTED if c in contenders]
-    return Row(
-        case,
-        name,
-        contenders["ours"].parameters,
-        x.nbytes,
-        Spread.of(1e3 * t for t in trained["base"]),
-        {c: Spread.ratio(trained[c], trained["base"]) for c in others},
-        {c: Spread.ratio(forwards[c], forwards["base"]) for c in others},
-        {c: saved[c] - saved["base"] for c in others},
-        Spread.ratio(trained["ours"], trained["PEFT"]),
-    )
+
+    def after(total: int) -> Row:
+        for index in range(len(times["base"]), warmup + total):
+            for c in order(list(contenders), index):
+                times[c].append(contenders[c].times(x, gradient, steps))
+        trained, forwards = ({c: [pair[i] for pair in pairs[warmup:]] for c, pairs in times.items()} for i in range(2))
+        return Row(
+            case,
+            name,
+            contenders["ours"].parameters,
+            x.nbytes,
+            Spread.of(1e3 * t for t in trained["base"]),
+            {c: Spread.ratio(trained[c], trained["base"]) for c in others},
+            {c: Spread.ratio(forwards[c], forwards["base"]) for c in others},
+            {c: saved[c] - saved["base"] for c in others},
+            Spread.ratio(trained["ours"], trained["PEFT"]),
+        )
+
+    row = after(rounds)
+    return after(most_rounds) if row.target and row.target.is_near(row) else row
 
 
 # ------------------------------------------------------------------------------------------------------------ targets
@@ -256,6 +267,11 @@ class Target:
 
     def met(self, row: Row) -> bool:
         return row.step["ours"].median <= self.base and row.to_peft.median <= self.peft
+
+    def is_near(self, row: Row) -> bool:
+        """Whether it lies within the quartiles."""
+        step, to_peft = row.step["ours"], row.to_peft
+        return step.low <= self.base <= step.high or to_peft.low <= self.peft <= to_peft.high
 
 
 TARGETS = [
@@ -279,7 +295,7 @@ ON_SCREEN = {"case", "algorithm", "ours x", "PEFT x", "LyCORIS bypass x", "targe
 
 def cells(row: Row) -> list[str]:
     """One line of the table, under ``HEADERS``."""
-    target = next((t for t in TARGETS if row.algorithm in t.algorithms and t.holds(row.case)), None)
+    target = row.target
     allowed = row.input_bytes + SAVED_BEYOND_INPUT
     return [
         str(row.case),
@@ -299,11 +315,12 @@ def _yes(met: bool) -> str:
     return "yes" if met else "**no**"
 
 
-def markdown(rows: list[Row], rounds: int) -> str:
+def markdown(rows: list[Row], rounds: int, most_rounds: int) -> str:
     """The section of the document: machine, how to read the table, the table."""
     lines = [
         *(f"- {name}: {value}" for name, value in machine().items()),
-        f"- float32, {rounds} interleaved rounds; `make bench` renews this section",
+        f"- float32, {rounds} interleaved rounds, {most_rounds} where the target lies within the quartiles of these",
+        "- `make bench` renews this section",
         "",
         "`x`: time of a training step relative to the frozen base layer alone, median (quartiles) of the ratios within",
         f"a round, where a contender's turn has as many steps as the base layer does in {1e3 * TURN:.0f} ms; `forward x`: the",
@@ -322,6 +339,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15, help="measured rounds (default 15)")
+    parser.add_argument("--most-rounds", type=int, default=45, help="of what is near its target (default 45)")
     parser.add_argument("--warmup", type=int, default=3, help="rounds before them (default 3)")
     parser.add_argument("--cases", nargs="+", default=[""], metavar="TEXT", help="cases whose name contains a text")
     parser.add_argument("--algos", nargs="+", default=list(ALGORITHMS), choices=ALGORITHMS, metavar="NAME")
@@ -342,7 +360,7 @@ def main(arguments: list[str] | None = None) -> None:
         task = progress.add_task("", total=len(runs))
         for case, algorithm in runs:
             progress.update(task, description=f"{case} {algorithm}")
-            rows.append(measure(case, algorithm, options.rounds, options.warmup))
+            rows.append(measure(case, algorithm, options.rounds, max(options.rounds, options.most_rounds), options.warmup))
             progress.advance(task)
     shown = [h in ON_SCREEN for h in HEADERS]
     table = Table(*compress(HEADERS, shown), title="One training step, relative to the frozen base layer")
@@ -351,10 +369,10 @@ def main(arguments: list[str] | None = None) -> None:
         table.add_row(*(cell.replace("**no**", "[red]no[/red]") for cell in compress(cells(row), shown)))
     console.print(table)
     if options.json:
-        report = {"machine": machine(), "rounds": options.rounds, "rows": [asdict(row) for row in rows]}
+        report = {"machine": machine(), "rounds": [options.rounds, options.most_rounds], "rows": [asdict(row) for row in rows]}
         options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if options.markdown:
-        write_section(options.markdown, (BEGIN, END), "## Single layers", markdown(rows, options.rounds))
+        write_section(options.markdown, (BEGIN, END), "## Single layers", markdown(rows, options.rounds, options.most_rounds))
 
 
 if __name__ == "__main__":

@@ -24,13 +24,19 @@ def scripts(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     import benchmark
     import benchmark_compiled
+    import benchmark_layers
     import benchmark_operations
 
     threads = torch.get_num_threads()
     # silence and the allocator's settings would stay for other tests
-    for module in (benchmark, benchmark_compiled, benchmark_operations):
+    for module in (benchmark, benchmark_compiled, benchmark_layers, benchmark_operations):
         monkeypatch.setattr(module, "prepare_process", lambda threads, keep_memory=True: torch.set_num_threads(threads))
-    yield {"models": benchmark, "operations": benchmark_operations, "compiled": benchmark_compiled}
+    yield {
+        "models": benchmark,
+        "operations": benchmark_operations,
+        "compiled": benchmark_compiled,
+        "layers": benchmark_layers,
+    }
     torch.set_num_threads(threads)
     for name in [name for name in sys.modules if name.startswith("benchmark")]:
         del sys.modules[name]
@@ -208,3 +214,33 @@ def test_compiled(scripts, tmp_path, monkeypatch):
     scripts["compiled"].main(given)
     (line,) = [line for line in page.read_text().splitlines() if line.startswith("| block")]
     assert "| - |" not in line and float(line.split("|")[-2]) > 0
+
+
+class TestLayers:
+    """Single layers."""
+
+    @pytest.mark.parametrize(("seconds", "turns"), [((1.0, 1.45, 2.0), 6), ((1.0, 1.44, 2.0), 3), ((1.0, 1.5, 2.0), 3)])
+    def test_what_is_near_its_target_is_measured_longer(self, scripts, monkeypatch, seconds, turns):
+        """Three rounds, and three more where 1.45 lies within the quartiles, which steps that all take as long are."""
+        layers, taken = scripts["layers"], []
+        names = dict(zip(("base", "ours", "PEFT"), seconds, strict=True))
+        monkeypatch.setattr(layers, "TURN", 0.0)
+        contenders = layers.make_contenders(small := layers.Case("linear", 32, 32, 4), layers.ALGORITHMS["shira"])
+        assert list(contenders) == list(names)
+        for name, contender in contenders.items():
+            took = names[name], names[name]
+            monkeypatch.setattr(contender, "times", lambda *args, took=took, name=name: taken.append(name) or took)
+        monkeypatch.setattr(layers, "make_contenders", lambda case, algorithm: contenders)
+        row = layers.measure(small, "shira", 3, 6, 1)
+        assert taken.count("ours") == 1 + turns
+        assert row.step["ours"].median == pytest.approx(seconds[1]) and row.target.met(row) == (seconds[1] <= 1.45)
+
+    def test_table(self, scripts, tmp_path):
+        page = tmp_path / "page.md"
+        page.write_text("# Page\n", encoding="utf-8")
+        scripts["layers"].CASES[:] = [scripts["layers"].Case("conv", 16, 16, 4)]
+        scripts["layers"].main(
+            ["--rounds", "2", "--most-rounds", "2", "--algos", "loha", "--warmup", "0", "--markdown", str(page)]
+        )
+        text = page.read_text(encoding="utf-8")
+        assert "| conv-16x16@4 | loha |" in text and "2 interleaved rounds" in text
