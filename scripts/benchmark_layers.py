@@ -346,7 +346,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2, help="torch threads (default 2)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="renew the table in this document")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.most_rounds = max(options.rounds, options.most_rounds)
+    return options
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -360,7 +362,7 @@ def main(arguments: list[str] | None = None) -> None:
         task = progress.add_task("", total=len(runs))
         for case, algorithm in runs:
             progress.update(task, description=f"{case} {algorithm}")
-            rows.append(measure(case, algorithm, options.rounds, max(options.rounds, options.most_rounds), options.warmup))
+            rows.append(measure(case, algorithm, options.rounds, options.most_rounds, options.warmup))
             progress.advance(task)
     shown = [h in ON_SCREEN for h in HEADERS]
     table = Table(*compress(HEADERS, shown), title="One training step, relative to the frozen base layer")

@@ -235,7 +235,8 @@ class TestLayers:
         assert taken.count("ours") == 1 + turns
         assert row.step["ours"].median == pytest.approx(seconds[1]) and row.target.met(row) == (seconds[1] <= 1.45)
 
-    def test_table(self, scripts, tmp_path):
+    def test_table(self, scripts, tmp_path, monkeypatch):
+        monkeypatch.setattr(scripts["layers"], "TURN", 0.0)
         page = tmp_path / "page.md"
         page.write_text("# Page\n", encoding="utf-8")
         scripts["layers"].CASES[:] = [scripts["layers"].Case("conv", 16, 16, 4)]

@@ -129,10 +129,11 @@ def test_derivatives(algorithm, calls):
     assert calls
 
 
+@pytest.mark.parametrize("algorithm", ["lora-dora", "loha-dora"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
-def test_other_dtypes(dtype, tolerance, calls):
+def test_other_dtypes(dtype, tolerance, algorithm, calls):
     """Factors in float32; what is rounded to a half precision is the input, the output and what runs beside."""
-    model, adapted = dora(make_layer("linear", dtype))
+    model, adapted = dora(make_layer("linear", dtype), algorithm)
     x = make_input(adapted.base_layer)
     (*ours, grads), (*theirs, expected) = found(model, x), rebuilt(adapted, x)
     assert grads.keys() == expected.keys() and len(calls) == 1
@@ -141,10 +142,11 @@ def test_other_dtypes(dtype, tolerance, calls):
     assert model(x).dtype is dtype
 
 
+@pytest.mark.parametrize("algorithm", ["lora-dora", "loha-dora"])
 @pytest.mark.parametrize(("dtype", "other"), [(torch.float32, torch.float64), (torch.float64, torch.float32)])
-def test_factors_in_another_dtype(dtype, other, calls):
+def test_factors_in_another_dtype(dtype, other, algorithm, calls):
     """From one call to the next, which no layer is told; rows of another dtype cannot ride along."""
-    model, adapted = dora(make_layer("linear", dtype))
+    model, adapted = dora(make_layer("linear", dtype), algorithm, r=4)
     x = make_input(adapted.base_layer)
     model(x)
     adapted.adapter("a").to(other)
@@ -268,6 +270,26 @@ def test_what_is_kept(calls):
     model, _ = dora(nn.Linear(96, 128).requires_grad_(False), r=4)
     x = torch.randn(300, 96, requires_grad=True)
     assert sum(kept_storages(model, x)) <= 4 * (300 * 96 + 300 * 128 + 300 * 4 + 128 * (4 + 3))
+
+
+@pytest.mark.parametrize("algorithm", ["lora-dora", "loha-dora"])
+def test_factors_as_narrow_as_the_layer(algorithm, calls):
+    """The norms and their gradients are float32, the factors in bfloat16."""
+    model, adapted = dora(make_layer("linear", torch.bfloat16), algorithm, r=4)
+    adapted.adapter("a").to(torch.bfloat16)
+    x = make_input(adapted.base_layer)
+    grads, expected = found(model, x)[2], rebuilt(adapted, x)[2]
+    assert grads.keys() == expected.keys() and len(calls) == 1
+    for name, value in grads.items():
+        assert (value - expected[name]).norm() <= 0.05 * expected[name].norm(), name
+
+
+def test_wide_products_keep_little(calls, monkeypatch):
+    """Of LoHa at rank 16, with few tokens, there would be more to keep than the input."""
+    monkeypatch.setattr(layers, "ROOM", 0)
+    model, _ = dora(nn.Linear(96, 128).requires_grad_(False), "loha-dora", r=6)
+    x = torch.randn(30, 96, requires_grad=True)
+    assert sum(kept_storages(model, x)) <= 4 * (x.numel() + 30 * 128 + 2 * 128 + 30 * 36) and not calls
 
 
 def test_where_they_ride():

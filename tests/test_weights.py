@@ -9,6 +9,7 @@ from more_adapters import filled
 from test_around import results
 from torch import nn
 
+from lycoris_diff.adapters.slot import larger
 from lycoris_diff.execution import engine
 from lycoris_diff.execution.steps import Conv
 from lycoris_diff.execution.weights import Cores, Factor, KhatriRao
@@ -77,3 +78,18 @@ def test_a_convolution_in_between_runs_once_where_its_result_fits(algorithm, mon
         monkeypatch.setattr(engine, "KEPT", kept)
         torch.testing.assert_close(found, results(model, x), rtol=1e-12, atol=1e-12)
         assert len(runs) == 2
+
+
+@pytest.mark.parametrize("algorithm", ["loha", "loha-tucker", "lora", "lora-tucker"])
+def test_slots_have_other_ranks_than_their_configs(algorithm):
+    """Room for contents of a larger rank: the factored form goes by the factors, on convolutions too."""
+    layer = nn.Conv2d(12, 10, 3, padding=1).double()
+    small, large = (adapt(layer, ALGORITHMS[algorithm](r=r), "a")[1].adapter("a") for r in (2, 3))
+    slot = larger(small, large)
+    with torch.no_grad():
+        for name in slot.factor_shapes:
+            slot.get_tensor(name).copy_(torch.randn(slot.factor_shapes[name]))
+    f, x = slot.inputs(), torch.randn(2, 12, 5, 5, dtype=torch.float64)
+    program = slot.program(f)
+    torch.testing.assert_close(program.run(slot.geometry, x, f), slot.geometry.apply(x, slot.delta(f)))
+    assert slot.config.r == 2 and program.width == (9 if algorithm.startswith("loha") else 3)

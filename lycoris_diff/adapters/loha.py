@@ -96,14 +96,15 @@ class LoHa(Adapter):
         return squeeze_core(f["hada_t1"], self.geometry), squeeze_core(f["hada_t2"], self.geometry)
 
     def program(self, f: Factors) -> Program | None:
-        geo, rank = self.geometry, self.config.r**2
+        geo = self.geometry
         if geo.groups > 1:
             return None
+        rank = f["hada_w1_b"].shape[0] * f["hada_w2_b"].shape[0]  # that of a slot is not the config's
         taps = geo.columns // geo.inp
         if "hada_t1" in f:
             core, last = Conv(Cores("hada_t1", "hada_t2", geo.kernel)), Pointwise(replace(_UP, upright=False))
             return Program(Pointwise(_DOWN), last, core, cost=rank * (geo.inp + geo.out + rank * taps), width=rank)
-        plain = Pointwise(_DOWN) if geo.is_pointwise else Conv(replace(_DOWN, shape=(rank, *geo.shape[1:])))
+        plain = Pointwise(_DOWN) if geo.is_pointwise else Conv(replace(_DOWN, shape=(-1, *geo.shape[1:])))
         return Program(plain, Pointwise(_UP), cost=rank * (geo.columns + geo.out), width=rank)
 
     def product(self, f: Factors) -> tuple[Tensor, Tensor] | None:

@@ -137,7 +137,7 @@ class Lora(Adapter):
         return torch.addmm(total.flatten(1), up, down).view(total.shape)
 
     def program(self, f: Factors) -> Program | None:
-        geo, r = self.geometry, self.config.r
+        geo, r = self.geometry, f[_A].shape[0]  # of a slot, not the config's
         if geo.groups > 1:
             return None
         last = Pointwise(Factor(_B, scaled=True))

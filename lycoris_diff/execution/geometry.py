@@ -175,6 +175,7 @@ class Geometry:
             return narrow_product(grad.reshape(-1, p), x.reshape(-1, d))
         batch, size = x.shape[0] * groups, prod(x.shape[2:])
         grad, x = grad.reshape(batch, p, size), x.reshape(batch, d, size)
+        # channels before positions: here the wide side first is faster for every width, as it is not in `narrow_product`
         return summed(torch.bmm(grad, x.mT)) if p >= d else summed(torch.bmm(x, grad.mT)).T
 
     def fold(self, x: Tensor, groups: int) -> Tensor:

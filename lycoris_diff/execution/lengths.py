@@ -24,6 +24,9 @@ from .rows import row_squares, rows_backward, scale_rows, sum_products, sum_rows
 from .steps import Conv, Pointwise
 from .weights import Factors, Formula
 
+#: numbers of ``(W + up down) down^T`` that may be kept for backward in any case, 1 MiB in float32; as many as the input has
+ROOM = 2**18
+
 
 @dataclass(frozen=True)
 class Lengths:
@@ -192,10 +195,11 @@ def _backward(call: Call, how: Lengths, x: Tensor, weight: Tensor, state: State,
         through = call.weight(weight, tensors, "backward")
         through = through * _like(row, through) if folded.backward else through
         g_x, _ = geo.gradients(scaled, x, through, True, False)
-    through_norms = how.up.pull(own, steep * changed, wanted)
+    wide = cast(own, up.dtype)
+    through_norms = how.up.pull(wide, steep * changed, wanted)
     if trains(program.first, wanted):
         below = narrow.T @ weight.flatten(1).to(up.dtype) if below is None else below
-        through_norms |= how.down.pull(own, torch.addmm(below, narrow.T @ up, down), wanted)
+        through_norms |= how.down.pull(wide, torch.addmm(below, narrow.T @ up, down), wanted)
     for name, more in through_norms.items():
         found[name] = found[name].to(up.dtype) + more
     if how.magnitude in wanted:

@@ -1,6 +1,6 @@
 """The factored form of an adapter, ``y += last(mid(first(x)))``: how its steps run one after the other, and backwards.
 
-What happens between the first and the last step works on small tensors and is left to autograd.
+What happens between the first and the last step works on small tensors; where it is no step, it is left to autograd.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..adapters.base import Adapter
 from ..execution.costs import Folded, rides
 from ..execution.engine import Call, Term, adapted
-from ..execution.lengths import Lengths, lengthened
+from ..execution.lengths import ROOM, Lengths, lengthened
 from ..execution.narrow import narrowed
 from ..execution.program import Program
 from .choosing import lengthened_product, lengthens, may_fold, scales_rows
@@ -111,9 +111,12 @@ class AdaptedLayer(SeparateLayer):
         return Plan(parts, None if light else Call(self.geometry, tuple(terms), x.dtype))
 
     def _lengthening(self, adapter: Adapter, scale: float, program: Program, folds: Folded, x: Tensor) -> Plan | None:
-        """How DoRA trains alone where its change is a product of two factors and its rows are scaled; None elsewhere."""
+        """How DoRA trains alone where its change is a product of two factors and its rows are scaled; None elsewhere.
+
+        A wide product would keep much for backward.
+        """
         product = lengthened_product(adapter, program)
-        if product is None:
+        if product is None or self.geometry.out * program.width > max(x.numel(), ROOM):
             return None
         change = lambda total, base, f: adapter.add_delta(total, f)
         narrow = narrowed(program, self.geometry, x)
