@@ -285,7 +285,7 @@ def test_factors_as_narrow_as_the_layer(algorithm, calls):
 
 
 def test_wide_products_keep_little(calls, monkeypatch):
-    """Of LoHa at rank 16, with few tokens, there would be more to keep than the input."""
+    """With few tokens there would be more to keep of LoHa than the input: it takes the other path."""
     monkeypatch.setattr(layers, "ROOM", 0)
     model, _ = dora(nn.Linear(96, 128).requires_grad_(False), "loha-dora", r=6)
     x = torch.randn(30, 96, requires_grad=True)

@@ -15,7 +15,7 @@ from ..execution.geometry import Geometry
 from ..execution.program import Program
 from ..execution.steps import Conv, Pointwise
 from ..execution.weights import Cores, Factors, KhatriRao
-from ..functional import loha
+from ..functional import loha, lora
 from .base import Adapter, Initialiser, Site, fill, magnitude_shape
 from .config import ScaledConfig
 from .registry import register
@@ -93,7 +93,8 @@ class LoHa(Adapter):
     def _cores(self, f: Factors) -> tuple[Tensor | None, Tensor | None]:
         if "hada_t1" not in f:
             return None, None
-        return squeeze_core(f["hada_t1"], self.geometry), squeeze_core(f["hada_t2"], self.geometry)
+        kernel = self.geometry.kernel
+        return lora.squeeze_core(f["hada_t1"], kernel), lora.squeeze_core(f["hada_t2"], kernel)
 
     def program(self, f: Factors) -> Program | None:
         geo = self.geometry
@@ -130,8 +131,3 @@ def lycoris_gap(geometry: Geometry, config: ScaledConfig) -> str | None:
 def core_shape(geometry: Geometry, r: int) -> tuple[int, ...]:
     """Shape of a Tucker core in PEFT's files: Conv1d cores have a trailing axis of size one."""
     return (r, r, *geometry.kernel, *([1] if len(geometry.kernel) == 1 else []))
-
-
-def squeeze_core(core: Tensor, geometry: Geometry) -> Tensor:
-    """The core with as many kernel axes as the layer."""
-    return core.reshape(*core.shape[:2], *geometry.kernel)

@@ -19,7 +19,7 @@ from ..execution.weights import Factor, Factors
 from ..functional import lokr, lora
 from .base import Adapter, Initialiser, Site, fill, magnitude_shape
 from .config import ScaledConfig
-from .loha import core_shape, lycoris_gap, squeeze_core
+from .loha import core_shape, lycoris_gap
 from .registry import register
 
 
@@ -163,7 +163,7 @@ class LoKr(Adapter):
         if "lokr_w2" in f:
             return f["lokr_w2"]
         if "lokr_t2" in f:
-            return lora.tucker(squeeze_core(f["lokr_t2"], self.geometry), f["lokr_w2_a"].mT, f["lokr_w2_b"])
+            return lora.tucker(lora.squeeze_core(f["lokr_t2"], self.geometry.kernel), f["lokr_w2_a"].mT, f["lokr_w2_b"])
         w2 = f["lokr_w2_a"] @ f["lokr_w2_b"]
         return w2.view(w2.shape[0], -1, *self.geometry.kernel)
 
@@ -217,7 +217,7 @@ class LoKr(Adapter):
         return Program(Conv(Factor("lokr_w2", shape=(b, d, *geo.kernel)), groups=c), mixed, cost=after, width=c * b)
 
     def _core_then_mix(self, c: int, geo: Geometry, z: Tensor, f: Factors) -> Tensor:
-        core = squeeze_core(f["lokr_t2"], geo).transpose(0, 1).contiguous().transpose(0, 1)
+        core = lora.squeeze_core(f["lokr_t2"], geo.kernel).transpose(0, 1).contiguous().transpose(0, 1)
         return mix(geo.unfold(geo.apply(geo.fold(z, c), core, groups=1), c), self._w1(f))
 
     def row_statistics(self, base: Tensor, f: Factors) -> tuple[Tensor, Tensor] | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..functional import loha
+from ..functional import loha, lora
 
 #: tensors by name; under "scale" a number where it is known
 Factors = Mapping[str, Tensor]
@@ -166,8 +166,7 @@ class Cores(Formula):
         return self.first, self.second
 
     def _cores(self, f: Factors) -> tuple[Tensor, Tensor]:
-        first, second = f[self.first], f[self.second]
-        return first.reshape(*first.shape[:2], *self.kernel), second.reshape(*second.shape[:2], *self.kernel)
+        return lora.squeeze_core(f[self.first], self.kernel), lora.squeeze_core(f[self.second], self.kernel)
 
     def __call__(self, f: Factors) -> Tensor:
         return loha.combined_core(*self._cores(f))

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+
+def squeeze_core(core: Tensor, kernel: Sequence[int]) -> Tensor:
+    """A Tucker core ``(p, q, *kernel)`` without the axis of size one that PEFT gives those of Conv1d at the end."""
+    return core.reshape(*core.shape[:2], *kernel)
 
 
 def tucker(core: Tensor, out_factor: Tensor, in_factor: Tensor) -> Tensor:
