@@ -297,15 +297,40 @@ def test_where_they_ride():
     assert not rides((320, 320, 3, 3), 1)
 
 
-def test_half_precision_reads_the_weight_itself():
-    """In the layer's own products the norms would be sums of what is rounded to eight bits."""
-    model, _ = dora(nn.Linear(300, 300).bfloat16().requires_grad_(False))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_never_folded(dtype):
+    """The changed weight would lose what is small beside it; and float16 has not the range for what rides."""
+    model, _ = dora(nn.Linear(300, 300).to(dtype).requires_grad_(False))
     for way in ("riding", "folded"):
         with pytest.MonkeyPatch.context() as patch:
             calls = take(patch, way)
-            model(torch.randn(4, 300, dtype=torch.bfloat16))
-        assert len(calls) == 1 and not calls[0][1].ride and calls[0][0].terms[0].folded == NOWHERE
+            model(torch.randn(4, 300, dtype=dtype))
+        [(call, how, x, *_)] = calls
+        assert call.terms[0].folded == NOWHERE
+        assert how.rides(x, lengths.meeting(x, torch.float32)) == (way == "riding" and dtype is torch.bfloat16)
         model.get_base_model().layer.plans.clear()
+
+
+@pytest.mark.parametrize("way", ["riding", "reading"])
+@pytest.mark.parametrize("aligned", [False, True])
+def test_lengths_in_bfloat16(aligned, way, monkeypatch):
+    """Nearer than the output is rounded, 2^-9, also for a change as large as the weight, along it or not."""
+    calls = take(monkeypatch, way)
+    model, adapted = dora(nn.Linear(256, 64, bias=False).bfloat16().requires_grad_(False), r=8)
+    adapter, weight = adapted.adapter("a"), adapted.base_layer.weight.double()
+    up, down = torch.randn(64, 8).double(), torch.randn(8, 256).double()
+    if aligned:
+        left, sizes, right = torch.linalg.svd(weight, full_matrices=False)
+        up, down = left[:, :8] * sizes[:8], right[:8]
+    up *= (weight.norm() / (up @ down).norm() / adapter.scaling).item()
+    with torch.no_grad():
+        adapter.get_tensor("lora_B.weight").copy_(up)
+        adapter.get_tensor("lora_A.weight").copy_(down)
+    model(torch.randn(9, 256, dtype=torch.bfloat16))
+    row = lengths._run(*calls[0])[1].row.double()
+    moved = weight + adapter.scaling * up @ down
+    expected = adapter.get_tensor("lora_magnitude_vector").double() / moved.norm(dim=1)
+    torch.testing.assert_close(row, expected, rtol=2**-9, atol=0)
 
 
 def test_they_fold_in_the_choice():

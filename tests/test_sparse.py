@@ -95,3 +95,48 @@ def test_frozen_values_get_no_gradient(way, fused):
     model(x).sum().backward()
     expected = rebuilt(adapted, x.detach(), torch.ones(6, 28, dtype=torch.float64))[1]
     torch.testing.assert_close(x.grad, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("repeated", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_are_changed_at_the_entries_alone(dtype, repeated, transposed, monkeypatch):
+    """With the same bits as the whole weight in float32, rounded once; where a position occurs twice, its values add up."""
+    torch.manual_seed(0)
+    model, adapted = adapt(nn.Linear(20, 28).to(dtype), shira(0))
+    randomize(model)
+    adapter, base = adapted.adapters["default"], adapted.base_layer
+    if transposed:
+        base.weight.data = base.weight.data.T.contiguous().T
+    if repeated:
+        adapter.shira_indices.copy_(adapter.shira_indices.roll(1, 1).where(torch.arange(96) < 9, adapter.shira_indices))
+    adapter.set_strength(0.7)
+    change = adapter.shira_weight.detach() * adapter.get_strength() * adapter.scaling
+    flat = adapter.shira_indices[0].long() * 20 + adapter.shira_indices[1].long()
+    wanted = base.weight.detach().float().reshape(-1).index_add(0, flat, change).view(28, 20).to(dtype)
+    x = torch.randn(5, 20, dtype=dtype)
+    adapted._choose = lambda adapter, f, *args, **more: (WAYS["entries"], adapter.program(f))
+    copies = []
+    original = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda t, *a, **k: copies.append(t.shape) or original(t, *a, **k))
+    found = model(x).detach()
+    monkeypatch.undo()
+    assert ((28, 20) in copies) == (repeated or transposed)
+    assert torch.equal(found, nn.functional.linear(x, wanted, base.bias))
+    model.merge_adapter()
+    assert torch.equal(base.weight, wanted) and base.weight.stride() == ((1, 28) if transposed else (20, 1))
+
+
+def test_function_transforms_over_half_precision():
+    """Values are mapped over and differentiated like any others."""
+    model, adapted = adapt(nn.Linear(20, 28).bfloat16(), shira(0))
+    adapted.adapters["default"].program(adapted.adapters["default"].inputs())  # what is remembered is there
+    name = next(n for n, _ in model.named_parameters() if n.endswith("shira_weight"))
+    x, values = torch.randn(5, 20, dtype=torch.bfloat16), torch.randn(3, 96)
+    run = lambda v: torch.func.functional_call(model, {name: v}, (x,)).float()
+    expected = torch.stack([run(v) for v in values])
+    torch.testing.assert_close(torch.vmap(run)(values), expected, rtol=0.02, atol=0.02)
+    slopes = torch.func.jacrev(lambda v: run(v).square().sum())(values[0])
+    leaf = values[0].clone().requires_grad_()
+    run(leaf).square().sum().backward()
+    torch.testing.assert_close(slopes, leaf.grad, rtol=0.03, atol=0.03 * leaf.grad.abs().max().item())

@@ -163,6 +163,10 @@ class Adapter(FactorStore):
         """``total + delta``; override when it can be had in fewer passes."""
         return total + self.delta(f).to(total.dtype)
 
+    def change_entries(self, base: Tensor, f: Factors) -> Tensor | None:
+        """``base`` in its own dtype with this change alone, each entry rounded once; None where more than a few change."""
+        return None
+
     def change(self, base: Tensor, f: Factors) -> Tensor:
         """Change of the weight as trained, for algorithms that are not additive."""
         raise NotImplementedError

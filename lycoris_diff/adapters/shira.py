@@ -204,6 +204,15 @@ class Shira(Adapter):
         values = f["shira_weight"] * f["scale"]
         return shira.scatter(values, f["shira_indices"], self.geometry.out, self.geometry.columns).view(self.geometry.shape)
 
+    def change_entries(self, base: Tensor, f: Factors) -> Tensor | None:
+        kept = self._kept(f["shira_indices"])
+        if kept is None or not kept.distinct or not base.is_contiguous():
+            return None
+        values, flat = times_scale(f["shira_weight"], f["scale"]), base.view(-1)
+        wide = torch.promote_types(base.dtype, torch.float32)
+        fresh = (flat[kept.flat].to(wide) + values.to(wide)).to(base.dtype)
+        return flat.index_put((kept.flat,), fresh).view(base.shape)
+
     def add_delta(self, total: Tensor, f: Factors) -> Tensor:
         values = times_scale(f["shira_weight"], f["scale"]).to(total.dtype)
         if total.dim() == 2 and total.stride(0) == 1 != total.stride(1):  # stored the other way round, and so it stays

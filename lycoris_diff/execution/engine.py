@@ -27,6 +27,7 @@ from .weights import Factors
 KEPT = 0.25
 
 AddChange = Callable[[Tensor, Tensor, Factors], Tensor]
+ChangeEntries = Callable[[Tensor, Factors], Tensor | None]
 
 
 class Term(NamedTuple):
@@ -39,6 +40,7 @@ class Term(NamedTuple):
         sampled: step that reads the weight's gradient at single entries; None needs all of it.
         scale: of the change where it is a number; None where a tensor of that name is passed.
         folded: products of the program that run through the changed weight.
+        change_entries: ``(base, factors) -> base + change`` in the base's dtype where the change has few entries, else None.
     """
 
     names: tuple[str, ...]
@@ -47,6 +49,7 @@ class Term(NamedTuple):
     sampled: Step | None = None
     scale: float | None = None
     folded: Folded = NOWHERE
+    change_entries: ChangeEntries | None = None
 
     @property
     def direct(self) -> bool:
@@ -107,7 +110,7 @@ class Call:
         if not (self.is_dense or folds):
             return base.to(self.dtype)
         changes = [(t, f) for t, f in self.split(tensors) if t.program is None or (folds and getattr(t.folded, way))]
-        return changed_weight(base, changes).to(self.dtype)
+        return changed_weight(base, changes, self.dtype)
 
     def beside(self, tensors: Sequence[Tensor]) -> list[tuple[Program, dict[str, Tensor], Folded]]:
         """Programs with their factors in the dtype of the operation, and what of them is folded."""
@@ -140,18 +143,25 @@ def cast(f: Factors, dtype: torch.dtype) -> dict[str, Tensor]:
     }
 
 
-def changed_weight(base: Tensor, dense: Sequence[tuple[Any, Factors]]) -> Tensor:
-    """``base`` plus every change, each taken against the unmodified base, in float32 or better.
+def changed_weight(base: Tensor, dense: Sequence[tuple[Any, Factors]], dtype: torch.dtype) -> Tensor:
+    """``base`` plus every change, each taken against the unmodified base, summed in float32 or better and rounded once.
 
     Args:
         base: canonical weight ``(out, in, *k)``.
-        dense: pairs of something with ``add_change`` and its factors.
+        dense: pairs of something with ``add_change`` and ``change_entries``, as `Term` has them, and its factors.
+        dtype: of the result.
     """
-    work = base.to(torch.promote_types(base.dtype, torch.float32))
+    wide = torch.promote_types(base.dtype, torch.float32)
+    if len(dense) == 1 and dtype is base.dtype is not wide:  # a change of few entries leaves all others as they are
+        [(term, f)] = dense
+        changed: Tensor | None = term.change_entries and term.change_entries(base, f)
+        if changed is not None:
+            return changed
+    work = base.to(wide)
     total = work
     for term, f in dense:
         total = term.add_change(total, work, f)
-    return total
+    return total.to(dtype)
 
 
 def adapted(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, row: Tensor | None, tensors: list[Tensor]) -> Tensor:

@@ -43,15 +43,23 @@ class Lengths:
     down: Formula
     ride: bool = False
 
-    def rides(self, x: Tensor, down: Tensor) -> bool:
+    def rides(self, x: Tensor, narrow: torch.dtype) -> bool:
         """Whether it does: rows of one dtype make one product, and `rows_backward` leaves room for more on processors."""
-        return self.ride and down.dtype is x.dtype and x.device.type == DEVICE
+        return self.ride and narrow is x.dtype and x.device.type == DEVICE
 
     def product(self, f: Factors, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """``up`` and ``down``, the latter ``(k, in * K)``, in ``dtype``, float32 or better."""
         up, down = self.up(f), self.down(f).flatten(1)
         wide = torch.promote_types(torch.promote_types(up.dtype, dtype), torch.float32)
         return up.to(wide), down.to(wide)
+
+
+def meeting(weight: Tensor, wide: torch.dtype) -> torch.dtype:
+    """Dtype of narrow products with the weight: its own where that has float32's range, so that it is not copied.
+
+    A product is as exact then as what the layer computes; the sums with it are taken in ``wide``, float32 or better.
+    """
+    return weight.dtype if weight.dtype is torch.bfloat16 else wide
 
 
 def product_of(program: Program) -> tuple[Formula, Formula] | None:
@@ -105,12 +113,14 @@ def _run(
     up, down = how.product(own, call.dtype)
     z = None if folded.forward else program.start(geo, x, f)
     through = call.weight(weight, tensors, "forward")
-    if how.rides(x, down) and not folded.forward:
-        both = geo.apply(torch.cat((x, down)), through)
+    narrow = down.to(meeting(weight, down.dtype))
+    if how.rides(x, narrow.dtype) and not folded.forward:
+        both = geo.apply(torch.cat((x, narrow)), through)
         y, turned = both[: x.shape[0]], both[x.shape[0] :].T
     else:
-        y, turned = geo.apply(x, through), times_narrow(weight.flatten(1).to(down.dtype), down)
+        y, turned = geo.apply(x, through), times_narrow(weight.flatten(1).to(narrow.dtype), narrow)
         y = y if y.is_contiguous() else y.contiguous()
+    turned = turned.to(down.dtype)
     if z is not None:
         program.finish_(geo, y, z, f)
     extra = up @ (down @ down.T)
@@ -170,7 +180,8 @@ def _backward(call: Call, how: Lengths, x: Tensor, weight: Tensor, state: State,
     f, (up, down) = cast(own, call.dtype), how.product(own, call.dtype)
     wanted = [name for name, need in zip(term.names, needs[3:]) if need]
     beside = needs[0] and not folded.backward
-    ride = how.rides(x, down) and beside and trains(program.first, wanted)
+    near = meeting(weight, down.dtype)
+    ride = how.rides(x, near) and beside and trains(program.first, wanted)
     rows = how.up.rows
     assert rows is not None  # `product_of` saw to it
     if folded.backward:  # the rows of what the gradient is multiplied with are scaled, not those of the gradient
@@ -198,8 +209,8 @@ def _backward(call: Call, how: Lengths, x: Tensor, weight: Tensor, state: State,
     wide = cast(own, up.dtype)
     through_norms = how.up.pull(wide, steep * changed, wanted)
     if trains(program.first, wanted):
-        below = narrow.T @ weight.flatten(1).to(up.dtype) if below is None else below
-        through_norms |= how.down.pull(wide, torch.addmm(below, narrow.T @ up, down), wanted)
+        below = narrow.T.to(near) @ weight.flatten(1).to(near) if below is None else below
+        through_norms |= how.down.pull(wide, torch.addmm(below.to(up.dtype), narrow.T @ up, down), wanted)
     for name, more in through_norms.items():
         found[name] = found[name].to(up.dtype) + more
     if how.magnitude in wanted:

@@ -25,6 +25,7 @@ class Pattern:
         order: entry of the matrix for every entry of the transpose.
         entry: stored value for every entry of the matrix.
         flat: positions in the flattened matrix, in the order of the stored values.
+        distinct: no position occurs twice; files may hold such.
     """
 
     shape: tuple[int, int]
@@ -33,16 +34,18 @@ class Pattern:
     order: Tensor
     entry: Tensor
     flat: Tensor
+    distinct: bool
 
     @classmethod
     def of(cls, flat: Tensor, rows: int, columns: int) -> Pattern:
-        """Pattern of distinct flat positions in any order."""
+        """Pattern of flat positions in any order."""
         _announce_sparse()
         ordered, entry = flat.sort()
         row, column = ordered // columns, ordered % columns
         order = (column * rows + row).argsort()
         by_row = _compressed(row, column, rows)
-        return cls((rows, columns), by_row, _compressed(column[order], row[order], columns), order, entry, flat)
+        by_column = _compressed(column[order], row[order], columns)
+        return cls((rows, columns), by_row, by_column, order, entry, flat, not bool((ordered.diff() == 0).any()))
 
     def matrix(self, values: Tensor) -> Tensor:
         """The matrix with the given stored values."""
@@ -85,8 +88,11 @@ def _blocks(t: Tensor) -> tuple[Tensor, ...]:
 
 
 def _turned(t: Tensor) -> Tensor:
-    """Copy of the transpose. As a batch of one: torch transposes plain matrices on one thread."""
-    return t.unsqueeze(0).mT.contiguous()[0]
+    """Copy of the transpose, for a sparse kernel. As a batch of one: torch transposes plain matrices on one thread."""
+    turned = t.unsqueeze(0).mT
+    if t.dtype in (torch.float32, torch.float64):
+        return turned.contiguous()[0]
+    return turned.to(torch.float32, memory_format=torch.contiguous_format)[0]
 
 
 @dataclass(frozen=True)
@@ -107,11 +113,11 @@ class Sparse(Step):
     def weight_grad(self, geo: Geometry, x: Tensor, w: Any, grad: Tensor) -> Tensor:
         sampled = self.pattern.in_order(torch.zeros_like(_wide(w)))
         for rows, columns in zip(_blocks(grad), _blocks(x)):
-            sampled = torch.sparse.sampled_addmm(sampled, _turned(_wide(rows)), _turned(_wide(columns)).T)
+            sampled = torch.sparse.sampled_addmm(sampled, _turned(rows), _turned(columns).T)
         return torch.empty_like(w).index_copy_(0, self.pattern.entry, sampled.values().to(w.dtype))
 
 
 def _add_product_(y: Tensor, matrix: Tensor, x: Tensor) -> None:
     """``y += matrix x`` for every token."""
     for out, inp in zip(_blocks(y), _blocks(x)):
-        out.add_(_turned(matrix @ _turned(_wide(inp))))
+        out.add_(_turned(matrix @ _turned(inp)))

@@ -14,7 +14,7 @@ from ..execution.engine import Call, Term, adapted
 from ..execution.lengths import ROOM, Lengths, lengthened
 from ..execution.narrow import narrowed
 from ..execution.program import Program
-from .choosing import lengthened_product, lengthens, may_fold, scales_rows
+from .choosing import lengthened_product, lengthens, scales_rows
 from .frozen import Ready, frozen, prepared, settled
 from .light import Parts, changes_cheaply, has_little_weight, is_small, keeps_little, run_light
 from .parts import bias_change, plus, row_factor
@@ -121,8 +121,7 @@ class AdaptedLayer(SeparateLayer):
         change = lambda total, base, f: adapter.add_delta(total, f)
         narrow = narrowed(program, self.geometry, x)
         term = Term(tuple(adapter.factors()), change, narrow, scale=scale, folded=folds)
-        ride = may_fold(x) and rides(self.geometry.shape, self.geometry.tokens(x))
-        lengths = Lengths(adapter.magnitude_name, *product, ride)
+        lengths = Lengths(adapter.magnitude_name, *product, rides(self.geometry.shape, self.geometry.tokens(x)))
         return Plan([(adapter, program, scale)], Call(self.geometry, (term,), x.dtype), lengths)
 
     def _planned(self, plan: Plan, x: Tensor) -> Tensor:

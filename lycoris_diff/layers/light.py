@@ -67,7 +67,7 @@ def run_light(geometry: Geometry, weight: Tensor, bias: Tensor | None, x: Tensor
     weight = geometry.canonical(weight)
     dense = [(adapter, adapter.inputs()) for adapter, program, _ in parts if program is None]
     if dense:
-        weight = changed_weight(weight, dense).to(x.dtype)
+        weight = changed_weight(weight, dense, x.dtype)
     y = geometry.apply(inner, weight, bias)
     for adapter, program, scale in parts:
         if program is not None:

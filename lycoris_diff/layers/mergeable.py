@@ -182,7 +182,7 @@ class MergeableLayer(nn.Module):
         """The base weight with the named adapters' changes, summed in float32 or better and cast once; canonical."""
         base = self.values()
         dense = [(adapter, f) for adapter, f in self._exact_members(names, base) if adapter.changes_weight]
-        return changed_weight(base, dense).to(base.dtype) if dense else base.clone()
+        return changed_weight(base, dense, base.dtype) if dense else base.clone()
 
     @torch.no_grad()
     def merged_bias(self, names: Iterable[str]) -> Tensor | None:

@@ -41,7 +41,7 @@ class AdaptedNorm(AdaptedLayer):
         if weight.is_meta:
             with align_module_device(base):
                 weight, bias = base._parameters["weight"], base._parameters.get("bias")
-        tensors = {"weight": changed_weight(weight.to(x.device), active).to(weight.dtype)}
+        tensors = {"weight": changed_weight(weight.to(x.device), active, weight.dtype)}
         bias = plus(None if bias is None else bias.to(x.device), bias_change(active))
         if bias is not None:
             tensors["bias"] = bias.to(weight.dtype)

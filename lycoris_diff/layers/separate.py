@@ -39,7 +39,7 @@ class Running(NamedTuple):
         program = self.program if keep_program or not self.adapter.depends_on_weight else None
         names, change = tuple(self.f), self.adapter.add_change
         if program is None:
-            return Term(names, change, None, self.sampled)
+            return Term(names, change, None, self.sampled, change_entries=self.adapter.change_entries)
         return Term(names, change, narrowed(program, self.adapter.geometry, x), folded=self.folded)
 
 
@@ -85,7 +85,7 @@ class SeparateLayer(MergeableLayer):
             base: Any = self.base_layer
             weight, bias = geo.canonical(base.weight), base.bias
             bias, shift = plus(bias, shift), None
-            y = geo.apply(inner, changed_weight(weight, dense).to(dtype), None if bias is None else bias.to(dtype))
+            y = geo.apply(inner, changed_weight(weight, dense, dtype), None if bias is None else bias.to(dtype))
             y = geo.leave(y, lead)
             active = [(a, f, p) for a, f, p in active if all(a is not d for d, _ in dense)]
         else:
