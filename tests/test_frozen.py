@@ -13,6 +13,7 @@ from more_adapters import EVERY, filled
 from torch import nn
 
 from lycoris_diff import AdapterError, LoKrConfig, LoraConfig
+from lycoris_diff.execution.weights import Cores, Factor, KhatriRao
 from lycoris_diff.layers import frozen
 
 pytestmark = pytest.mark.usefixtures("fused")
@@ -164,6 +165,20 @@ class TestOnce:
             for x in (small, large, small, large, small, large):
                 model(x)
         assert len(calls) == 2
+
+    @pytest.mark.parametrize(
+        ("algorithm", "layer", "formula"),
+        [("loha", "linear", KhatriRao), ("loha-tucker", "conv2d-zeros", Cores), ("lokr", "linear", Factor)],
+    )
+    def test_weights_of_steps(self, algorithm, layer, formula, monkeypatch):
+        """Between the outer ones as well."""
+        model, adapted = frozen_pair(algorithm, layer)
+        x = make_input(adapted.base_layer)
+        with torch.no_grad():
+            model(x)
+            calls = count(monkeypatch, formula, "__call__")
+            model(x)
+        assert not calls
 
     def test_many_sizes(self):
         model, adapted = frozen_pair("loha")

@@ -161,7 +161,7 @@ def test_times_narrow(rows, rank, n):
 
 def test_blocks():
     threads = torch.get_num_threads()
-    assert narrow.blocks(narrow.ROWS * threads) == threads
-    assert narrow.blocks(threads) == 1
+    assert narrow.token_blocks(narrow.ROWS * threads) == threads
+    assert narrow.token_blocks(threads) == 1
     if threads > 1:
-        assert narrow.blocks(narrow.ROWS * threads + 1) == 1
+        assert narrow.token_blocks(narrow.ROWS * threads + 1) == 1

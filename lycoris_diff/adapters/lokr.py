@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError
-from ..execution.geometry import Geometry, mix
+from ..execution.geometry import Geometry
+from ..execution.products import mix
 from ..execution.program import Program
 from ..execution.steps import Conv, Mix, Pointwise, Step, window
 from ..execution.weights import Factor, Factors

@@ -15,10 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-#: channels of an output below which a product with a transposed view of a weight is slow in MKL
-NARROW = 16
-#: rows from which that costs more than a copy of the weight
-MANY = 256
+from .products import MANY, NARROW, given_up, narrow_product, on_every, plus_on_every, summed, times
+
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _CONV_LAYERS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 
@@ -139,9 +137,7 @@ class Geometry:
         """``weight (p, d)`` on each of ``groups`` slices of d channels: ``(b, groups*d, *s) -> (b, groups*p, *s)``."""
         p, d = weight.shape
         if not self.kernel:
-            if p < NARROW:  # half the time, where it is a transposed view
-                weight = weight.contiguous()
-            return F.linear(x, weight) if groups == 1 else F.linear(x.reshape(-1, d), weight).view(x.shape[0], groups * p)
+            return times(x, weight) if groups == 1 else times(x.reshape(-1, d), weight).view(x.shape[0], groups * p)
         y = on_every(weight, x.reshape(x.shape[0] * groups, d, prod(x.shape[2:])))
         return y.view(x.shape[0], groups * p, *x.shape[2:])
 
@@ -185,67 +181,6 @@ class Geometry:
     def unfold(self, x: Tensor, groups: int) -> Tensor:
         """Inverse of `fold`."""
         return x if groups == 1 else x.reshape(x.shape[0] // groups, x.shape[1] * groups, *x.shape[2:])
-
-
-def mix(x: Tensor, weight: Tensor) -> Tensor:
-    """``weight (a, c)`` across the slices: ``(b, c*q, *s) -> (b, a*q, *s)``; the same for every layer kind."""
-    a, c = weight.shape
-    batch, channels, *space = x.shape
-    y = on_every(weight, x.reshape(batch, c, channels // c * prod(space)))
-    return y.view(batch, a * (channels // c), *space)
-
-
-def on_every(matrix: Tensor, batch: Tensor) -> Tensor:
-    """``matrix (p, d)`` times every matrix of a batch ``(b, d, n)``."""
-    p, d = matrix.shape
-    if torch.is_grad_enabled() and copies_are_smaller(p, d, batch.shape[2]):
-        return torch.matmul(matrix, batch)
-    # `matmul` copies whatever requires a gradient, even where none is recorded
-    return torch.bmm(matrix.expand(batch.shape[0], p, d), batch)
-
-
-def plus_on_every(total: Tensor, matrix: Tensor, batch: Tensor) -> Tensor:
-    """``total (b, p, n)`` and `on_every`, differentiable, in the memory of ``total``, which must be given up.
-
-    It is one operation where that does not make larger gradients.
-    """
-    p, d = matrix.shape
-    if copies_are_smaller(p, d, batch.shape[2]):
-        return total.add_(on_every(matrix, batch))
-    return total.baddbmm_(matrix.expand(batch.shape[0], p, d), batch)
-
-
-def given_up(t: Tensor, *shape: int) -> Tensor:
-    """A contiguous tensor in another shape, to be written to; ``t`` itself must not be used again.
-
-    To autograd it is no view, so that writing to it costs no copy of its gradient.
-    """
-    return torch.ops.aten._unsafe_view.default(t, shape)
-
-
-def copies_are_smaller(p: int, d: int, n: int) -> bool:
-    """Whether one product of copies of both sides beats a batch of them, each with its own gradient of the ``(p, d)`` matrix.
-
-    Args:
-        p, d: sizes of the matrix that all ``(d, n)`` matrices of the batch are multiplied with.
-        n: columns of each.
-    """
-    return p * d > 2 * (p + d) * n
-
-
-def summed(batch: Tensor) -> Tensor:
-    """Sum of a batch of matrices, without a copy of a single one."""
-    return batch[0] if batch.shape[0] == 1 else batch.sum(0)
-
-
-def narrow_product(left: Tensor, right: Tensor) -> Tensor:
-    """``left.T @ right`` for tall operands, the narrow one first where it is very narrow and last otherwise.
-
-    Products with few columns take up to three times as long as those with few rows; with more columns, a tenth less.
-    """
-    p, d = left.shape[1], right.shape[1]
-    as_is = p <= d if min(p, d) < 2 * NARROW else p >= d
-    return left.T @ right if as_is else (right.T @ left).T
 
 
 def is_plain_weight(weight: object) -> bool:

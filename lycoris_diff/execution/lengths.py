@@ -18,7 +18,8 @@ from torch import Tensor
 from ..functional import dora
 from .costs import Folded
 from .engine import Call, Term, cast, differentiable_backward
-from .narrow import DEVICE, times_narrow
+from .narrow import times_narrow
+from .products import DEVICE
 from .program import Program, trains
 from .rows import row_squares, rows_backward, scale_rows, sum_products, sum_rows
 from .steps import Conv, Pointwise

@@ -13,39 +13,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .geometry import NARROW, Geometry
+from .geometry import Geometry
+from .products import NARROW, blocks, is_measured
 from .program import Program
 from .steps import Mix, Pointwise, Shards, Step, Window
 
 #: fewest tokens in a block
 ROWS = 32
-#: dtypes and kinds of device for which it was measured
-DTYPES = (torch.float32, torch.float64)
-DEVICE = "cpu"
 
 
-def blocks(tokens: int) -> int:
+def token_blocks(tokens: int) -> int:
     """How many blocks the tokens are treated in."""
-    threads = torch.get_num_threads()
-    return threads if tokens % threads == 0 and tokens >= ROWS * threads else 1
+    return blocks(tokens, ROWS)
 
 
 def suits(x: Tensor, rank: int) -> bool:
     """Whether products of a tensor of that kind to so few columns are slow otherwise."""
-    return rank < NARROW and x.device.type == DEVICE and x.dtype in DTYPES
+    return rank < NARROW and is_measured(x)
 
 
 def rank_first(x: Tensor, weight: Tensor, groups: int = 1) -> Tensor:
     """A ``weight (rank, d)`` on each of ``groups`` slices of ``x (tokens, groups*d)``: ``(batch, rank, rows)``."""
     tokens = x.shape[0]
-    batch = tokens if groups > 1 else blocks(tokens)
+    batch = tokens if groups > 1 else token_blocks(tokens)
     rows = groups if groups > 1 else tokens // batch
     return torch.bmm(weight.expand(batch, *weight.shape), x.reshape(batch, rows, weight.shape[1]).mT)
 
 
 def times_narrow(x: Tensor, weight: Tensor) -> Tensor:
     """``x @ weight.T`` for ``x (rows, n)`` and a ``weight (rank, n)`` of any rank."""
-    if torch.compiler.is_compiling() or not suits(x, weight.shape[0]):
+    if not suits(x, weight.shape[0]):
         return x @ weight.T
     return rank_first(x, weight).mT.reshape(x.shape[0], weight.shape[0])
 
@@ -114,8 +111,8 @@ class Sums(Shards):
     """`Shards` that hands on blocks of tokens."""
 
     def apply(self, geo: Geometry, x: Tensor, w: Any) -> Tensor:
-        tokens = x.shape[0]
-        return super().apply(geo, x, w).view(blocks(tokens), tokens // blocks(tokens), self.r).mT
+        tokens, count = x.shape[0], token_blocks(x.shape[0])
+        return super().apply(geo, x, w).view(count, tokens // count, self.r).mT
 
     def adjoint(self, geo: Geometry, x: Tensor, w: Any, grad: Tensor) -> Tensor:
         return super().adjoint(geo, x, w, grad.mT.reshape(x.shape[0], self.r))

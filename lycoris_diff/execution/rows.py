@@ -64,12 +64,15 @@ def _summed(grad: Tensor, unscaled: Tensor, also: Callable[[Tensor, int], object
     if step >= len(grad):
         also(grad, 0)
         return (grad * unscaled).sum(0, dtype=wide)
-    total = grad.new_zeros(grad.shape[1], dtype=wide)
+    total = grad.new_zeros(step if wide is grad.dtype else 1, grad.shape[1], dtype=wide)
     for start in range(0, len(grad), step):
-        g = grad[start : start + step]
-        total += (g * unscaled[start : start + step]).sum(0, dtype=wide)
+        g, u = grad[start : start + step], unscaled[start : start + step]
+        if wide is grad.dtype:
+            total[: len(g)].addcmul_(g, u)
+        else:
+            total += (g * u).sum(0, dtype=wide)
         also(g, start)
-    return total
+    return total.sum(0)
 
 
 def row_squares(weight: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..functional.miss import shard_sum
-from .geometry import Geometry, copies_are_smaller, given_up, mix, plus_on_every
+from .geometry import Geometry
+from .products import copies_are_smaller, given_up, mix, plus_on_every
 from .weights import Build
 
 

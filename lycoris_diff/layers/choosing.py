@@ -10,7 +10,7 @@ from torch import Tensor
 from ..adapters.base import Adapter
 from ..execution.costs import Choice, choose
 from ..execution.lengths import product_of
-from ..execution.narrow import DEVICE, DTYPES
+from ..execution.products import DEVICE, DTYPES
 from ..execution.program import Program
 from ..execution.weights import Formula
 

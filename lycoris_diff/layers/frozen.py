@@ -127,7 +127,7 @@ def settled(ready: Ready, numel: int) -> Ready:
 
 
 def _bound(program: Program, f: Factors, limit: int) -> Program:
-    """The program with the weights of its outer steps built."""
+    """The program with the weights of its steps built."""
 
     def built(step: Step | None) -> Step | None:
         if step is None or step.weight is None:
@@ -135,4 +135,5 @@ def _bound(program: Program, f: Factors, limit: int) -> Program:
         weight = step.weight(f)
         return replace(step, weight=lambda f: weight) if weight.numel() <= limit else step
 
-    return replace(program, first=built(program.first), last=built(program.last) or program.last)
+    mid = built(program.mid) if isinstance(program.mid, Step) else program.mid
+    return replace(program, first=built(program.first), mid=mid, last=built(program.last) or program.last)
