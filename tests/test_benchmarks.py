@@ -187,6 +187,18 @@ def test_the_readme_shows_what_was_measured(scripts):
     assert table in (SCRIPTS.parent / "README.md").read_text(encoding="utf-8")
 
 
+def test_summary_is_of_the_machine_with_most_numbers(scripts):
+    """A few rows measured elsewhere afterwards do not take the table's place."""
+    from benchmark_results import Series, earlier
+    from benchmark_summary import summary
+
+    whole = earlier(SCRIPTS.parent / "docs" / "benchmarks.json")[0]
+    part = Series({**whole.machine, "CPU": "another"}, dict(list(whole.rows.items())[:3]))
+    same = Series(part.machine, whole.rows)
+    assert summary([whole, part]) == summary([part, whole]) == summary([whole])
+    assert "another" in summary([whole, same])
+
+
 def test_peak_memory(scripts):
     """Two steps, in a process of its own."""
     assert scripts["models"].peak_in_child(case(scripts, "attention", "lora"), "ours") > 2**26

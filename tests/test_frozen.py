@@ -137,6 +137,10 @@ def test_undone_change():
     assert torch.equal(check(model, x), before)
 
 
+def programs_of(ready):
+    return [term.program for term in ready.call.terms if term.program]
+
+
 def count(monkeypatch, cls, name):
     calls = []
     real = getattr(cls, name)
@@ -276,15 +280,15 @@ class TestNotKept:
 
     @pytest.mark.parametrize("layer", [nn.Linear(640, 640), nn.Linear(1280, 320)])
     def test_small_beside_the_weight(self, layer):
-        """Kept is less than a tenth of the weight for LoRA and a quarter for each of LoHa's two products."""
-        for algorithm, share in ((LoraConfig(r=8, target_modules=["layer"]), 0.1), (EVERY["loha"](), 0.5)):
+        """Kept is less than a tenth of the weight for LoRA and LoKr, and a quarter for each of LoHa's two products."""
+        lokr = LoKrConfig(r=2, target_modules=["layer"])
+        for algorithm, share in ((LoraConfig(r=8, target_modules=["layer"]), 0.1), (lokr, 0.1), (EVERY["loha"](), 0.5)):
             model, adapted = adapt(copy.deepcopy(layer), algorithm, "a")
             model.set_adapter("a", inference_mode=True)
             with torch.no_grad():
                 model.eval()(torch.randn(3, layer.in_features))
             (ready,) = frozen._PREPARED[adapted].ready.values()
             own = {t.data_ptr() for t in adapted.parameters()}
-            steps = [s for term in ready.call.terms if term.program for s in (term.program.first, term.program.last)]
-            built = [s.weight({}) for s in steps if s is not None and s.weight is not None]
+            built = [s.weight({}) for p in programs_of(ready) for s in (p.first, p.mid, p.last) if s is not None and s.weight]
             kept = sum(t.numel() for t in (*built, *ready.tensors) if t.data_ptr() not in own)
             assert kept <= share * layer.weight.numel()

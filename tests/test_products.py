@@ -29,7 +29,7 @@ def draw(*shape):
 
 
 SIZES = st.sampled_from([1, 3, products.NARROW, 2 * products.NARROW, 50, 10 * products.NARROW, 170])
-ROWS = st.sampled_from([0, 1, 7, 8, 16, 17, 40])
+ROWS = st.sampled_from([0, 1, 7, 64, 300, 301, 512, 1280])
 
 
 @settings(max_examples=80, deadline=None)
@@ -52,27 +52,44 @@ def test_narrow_product(rows, left, right):
 
 def test_where_blocks_are_made(monkeypatch):
     made = batched(monkeypatch)
-    for rows, width, count in ((8, 64, 1), (7, 64, 0), (9, 64, 0), (8, 31, 0), (8, 161, 0), (8, 160, 1), (8, 32, 1)):
+    cases = ((512, 64, 1), (510, 64, 0), (513, 64, 0), (512, 31, 0), (2000, 161, 0), (1280, 160, 1), (256, 32, 1))
+    for rows, width, count in cases:
         made.clear()
-        products.times(draw(rows, 300), draw(width, 300))
+        products.times(draw(rows, 9), draw(width, 9))
         assert made == [2] * count, (rows, width)
-    for rows, width, count in ((16, 64, 1), (8, 64, 0), (17, 64, 0), (16, 31, 0), (16, 161, 0)):
         made.clear()
-        products.narrow_product(draw(rows, 300), draw(rows, width))
+        products.narrow_product(draw(rows, 200), draw(rows, width))
         assert made == [2] * count, (rows, width)
+
+
+def test_partial_sums_stay_small(monkeypatch):
+    """However many threads there are, at most a quarter of what is multiplied."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
+    made = batched(monkeypatch)
+    products.narrow_product(draw(16 * 4 * 64 - 16, 200), draw(16 * 4 * 64 - 16, 64))
+    assert not made
+    products.narrow_product(draw(16 * 4 * 64, 200), draw(16 * 4 * 64, 64))
+    assert made == [16]
 
 
 def test_not_in_half_precision(monkeypatch):
     made = batched(monkeypatch)
-    products.times(torch.randn(8, 300).bfloat16(), torch.randn(64, 300).bfloat16())
+    products.times(torch.randn(512, 9).bfloat16(), torch.randn(64, 9).bfloat16())
     assert not made
 
 
 def test_transforms():
-    x, weight = draw(16, 20), draw(64, 20)
+    x, weight = draw(512, 20), draw(64, 20)
     found = torch.vmap(products.times, in_dims=(None, 0))(x, torch.stack([weight, 2 * weight]))
     torch.testing.assert_close(found, torch.stack([x @ weight.T, 2 * x @ weight.T]))
     slopes = torch.func.grad(lambda w: products.times(x, w).square().sum())(weight)
     torch.testing.assert_close(slopes, 2 * (x @ weight.T).T @ x)
-    compiled = torch.compile(products.times, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x, weight), x @ weight.T)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled(dynamic):
+    both = lambda x, weight: (products.times(x, weight), products.narrow_product(x, products.times(x, weight)))
+    compiled = torch.compile(both, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for rows, width in ((512, 64), (300, 40)):
+        x, weight = draw(rows, 20), draw(width, 20)
+        torch.testing.assert_close(compiled(x, weight), (x @ weight.T, x.T @ (x @ weight.T)))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import accelerate
 import pytest
 import torch
 from cases import adapt, randomize
 from torch import nn
 
 from lycoris_diff import ShiraConfig, inject_adapter
+from lycoris_diff.execution import sparse
 from lycoris_diff.execution.costs import Choice
 from lycoris_diff.execution.sparse import BLOCK
 
@@ -128,15 +130,57 @@ def test_half_precision_weights_are_changed_at_the_entries_alone(dtype, repeated
 
 
 def test_function_transforms_over_half_precision():
-    """Values are mapped over and differentiated like any others."""
+    """Values are mapped over and differentiated like any others, at the entries alone."""
     model, adapted = adapt(nn.Linear(20, 28).bfloat16(), shira(0))
-    adapted.adapters["default"].program(adapted.adapters["default"].inputs())  # what is remembered is there
+    adapter, base = adapted.adapters["default"], adapted.base_layer
+    adapter.program(adapter.inputs())  # what is remembered is there
     name = next(n for n, _ in model.named_parameters() if n.endswith("shira_weight"))
     x, values = torch.randn(5, 20, dtype=torch.bfloat16), torch.randn(3, 96)
-    run = lambda v: torch.func.functional_call(model, {name: v}, (x,)).float()
-    expected = torch.stack([run(v) for v in values])
-    torch.testing.assert_close(torch.vmap(run)(values), expected, rtol=0.02, atol=0.02)
-    slopes = torch.func.jacrev(lambda v: run(v).square().sum())(values[0])
-    leaf = values[0].clone().requires_grad_()
-    run(leaf).square().sum().backward()
-    torch.testing.assert_close(slopes, leaf.grad, rtol=0.03, atol=0.03 * leaf.grad.abs().max().item())
+    assert adapter.change_entries(base.weight, adapter.inputs()) is not None
+
+    def run(v):
+        return torch.func.functional_call(model, {name: v}, (x,)).float().square().sum()
+
+    def dense(v):
+        weight = (
+            base.weight.detach().float().index_put(tuple(adapter.shira_indices.long()), adapter.scaling * v, accumulate=True)
+        )
+        return (x.float() @ weight.T + base.bias.float()).square().sum()
+
+    torch.testing.assert_close(torch.vmap(run)(values), torch.stack([dense(v) for v in values]), rtol=0.02, atol=0)
+    expected = torch.func.grad(dense)(values[0])
+    assert (torch.func.grad(run)(values[0]) - expected).norm() <= 0.02 * expected.norm()
+
+
+def test_offloaded_positions():
+    """What is remembered of positions is not read where they are not."""
+    model, _ = adapt(nn.Linear(20, 28), shira(0))
+    randomize(model)
+    x = torch.randn(300, 20)
+    with torch.no_grad():
+        expected = model(x)
+        accelerate.cpu_offload(model, torch.device("cpu"), offload_buffers=True)
+        torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_after_inference_mode(dtype):
+    """What is remembered of positions may be part of a graph."""
+    model, _ = adapt(nn.Linear(20, 28).to(dtype), shira(0))
+    x = torch.randn(300, 20, dtype=dtype)
+    with torch.inference_mode():
+        model(x)
+    model(x).sum().backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if n.endswith("shira_weight"))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 16])
+@pytest.mark.parametrize("tokens", [1, 127, 128, 300, 513, 5000])
+def test_transposed_blocks(tokens, threads, monkeypatch):
+    """Of any sizes, and never many at a time."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for t in (torch.randn(tokens, 7), torch.randn(7, tokens).T, torch.randn(tokens, 7).bfloat16()):
+        blocks = list(sparse._turned_blocks(t))
+        assert torch.equal(torch.cat(blocks, 1), t.T.float())
+        assert all(block.is_contiguous() and block.shape[1] <= sparse.BLOCK for block in blocks)
+        assert max(block.untyped_storage().nbytes() for block in blocks) <= 4 * 7 * sparse.BLOCK * threads

@@ -164,7 +164,7 @@ class Adapter(FactorStore):
         return total + self.delta(f).to(total.dtype)
 
     def change_entries(self, base: Tensor, f: Factors) -> Tensor | None:
-        """``base`` in its own dtype with this change alone, each entry rounded once; None where more than a few change."""
+        """``base`` in its own dtype with this change alone, each entry rounded once; None unless single entries change."""
         return None
 
     def change(self, base: Tensor, f: Factors) -> Tensor:

@@ -189,7 +189,8 @@ class Shira(Adapter):
         indices = self.get_buffer("shira_indices")
         kept = self._kept(indices)
         if kept is None:
-            kept = Pattern.of(shira.flat_indices(indices, self.geometry.columns), self.geometry.out, self.geometry.columns)
+            with torch.inference_mode(False):  # training may come later
+                kept = Pattern.of(shira.flat_indices(indices, self.geometry.columns), self.geometry.out, self.geometry.columns)
             self._sorted = indices, mark(indices), kept
         return kept
 

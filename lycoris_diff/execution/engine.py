@@ -154,7 +154,7 @@ def changed_weight(base: Tensor, dense: Sequence[tuple[Any, Factors]], dtype: to
     wide = torch.promote_types(base.dtype, torch.float32)
     if len(dense) == 1 and dtype is base.dtype is not wide:  # a change of few entries leaves all others as they are
         [(term, f)] = dense
-        changed: Tensor | None = term.change_entries and term.change_entries(base, f)
+        changed = None if term.change_entries is None else term.change_entries(base, f)
         if changed is not None:
             return changed
     work = base.to(wide)

@@ -44,9 +44,9 @@ class Lengths:
     down: Formula
     ride: bool = False
 
-    def rides(self, x: Tensor, narrow: torch.dtype) -> bool:
-        """Whether it does: rows of one dtype make one product, and `rows_backward` leaves room for more on processors."""
-        return self.ride and narrow is x.dtype and x.device.type == DEVICE
+    def rides(self, x: Tensor, dtype: torch.dtype) -> bool:
+        """Whether it does in that dtype: a product has rows of one, and `rows_backward` leaves room for more on processors."""
+        return self.ride and dtype is x.dtype and x.device.type == DEVICE
 
     def product(self, f: Factors, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """``up`` and ``down``, the latter ``(k, in * K)``, in ``dtype``, float32 or better."""
@@ -55,12 +55,21 @@ class Lengths:
         return up.to(wide), down.to(wide)
 
 
-def meeting(weight: Tensor, wide: torch.dtype) -> torch.dtype:
-    """Dtype of narrow products with the weight: its own where that has float32's range, so that it is not copied.
+def dtype_back(weight: Tensor, wide: torch.dtype) -> torch.dtype:
+    """Dtype of backward's narrow product with the weight: the weight's where that has float32's range, which spares a copy.
 
-    A product is as exact then as what the layer computes; the sums with it are taken in ``wide``, float32 or better.
+    It is as exact then as the layer's other gradients. The lengths themselves are differences of large sums where a change
+    opposes the weight, and are computed in ``wide``, float32 or better, in any case.
     """
     return weight.dtype if weight.dtype is torch.bfloat16 else wide
+
+
+def turned_in_blocks(weight: Tensor, down: Tensor) -> Tensor:
+    """``weight down^T`` in the dtype of ``down``; of a narrower weight, copies are made of as many rows as stay in a cache."""
+    if weight.dtype is down.dtype or weight.device.type != DEVICE:
+        return times_narrow(weight.to(down.dtype), down)
+    rows = weight.split(max(1, ROOM // weight.shape[1]))
+    return torch.cat([times_narrow(block.to(down.dtype), down) for block in rows])
 
 
 def product_of(program: Program) -> tuple[Formula, Formula] | None:
@@ -114,14 +123,12 @@ def _run(
     up, down = how.product(own, call.dtype)
     z = None if folded.forward else program.start(geo, x, f)
     through = call.weight(weight, tensors, "forward")
-    narrow = down.to(meeting(weight, down.dtype))
-    if how.rides(x, narrow.dtype) and not folded.forward:
-        both = geo.apply(torch.cat((x, narrow)), through)
+    if how.rides(x, down.dtype) and not folded.forward:
+        both = geo.apply(torch.cat((x, down)), through)
         y, turned = both[: x.shape[0]], both[x.shape[0] :].T
     else:
-        y, turned = geo.apply(x, through), times_narrow(weight.flatten(1).to(narrow.dtype), narrow)
+        y, turned = geo.apply(x, through), turned_in_blocks(weight.flatten(1), down)
         y = y if y.is_contiguous() else y.contiguous()
-    turned = turned.to(down.dtype)
     if z is not None:
         program.finish_(geo, y, z, f)
     extra = up @ (down @ down.T)
@@ -181,7 +188,7 @@ def _backward(call: Call, how: Lengths, x: Tensor, weight: Tensor, state: State,
     f, (up, down) = cast(own, call.dtype), how.product(own, call.dtype)
     wanted = [name for name, need in zip(term.names, needs[3:]) if need]
     beside = needs[0] and not folded.backward
-    near = meeting(weight, down.dtype)
+    near = dtype_back(weight, down.dtype)
     ride = how.rides(x, near) and beside and trains(program.first, wanted)
     rows = how.up.rows
     assert rows is not None  # `product_of` saw to it

@@ -1,7 +1,4 @@
-"""Matrix products whose sides are so unequal, or so many, that how they are asked for decides what they cost.
-
-What is fastest was measured on processors; on other devices, and in compiled code, they are what they look like.
-"""
+"""Matrix products whose sides are so unequal, or so many, that how they are asked for decides what they cost on processors."""
 
 from __future__ import annotations
 
@@ -29,16 +26,22 @@ def is_measured(x: Tensor) -> bool:
     return x.device.type == DEVICE and x.dtype in DTYPES and not torch.compiler.is_compiling()
 
 
-def blocks(rows: int, least: int) -> int:
-    """In how many matrices of ``least`` rows or more, one a thread, a matrix is treated; 1 where they would differ."""
+def blocks(rows: int, least: int, width: int = 0) -> int:
+    """In how many matrices of equal size, one a thread, a matrix is treated; 1 is as it is.
+
+    Args:
+        rows: of the matrix.
+        least: fewest rows of each.
+        width: each makes a matrix of so many rows of its own, all of them at most a quarter of the rows.
+    """
     threads = torch.get_num_threads()
-    return threads if rows % threads == 0 and rows >= least * threads else 1
+    return threads if rows % threads == 0 and rows >= max(least, 4 * width) * threads else 1
 
 
 def times(x: Tensor, weight: Tensor) -> Tensor:
     """``x @ weight.T`` for ``x (rows, d)`` and ``weight (p, d)``, differentiable."""
     (rows, d), p = x.shape, weight.shape[0]
-    count = blocks(rows, ROWS) if p in UNEVEN and is_measured(x) else 1
+    count = blocks(rows, ROWS, p) if is_measured(x) and p in UNEVEN else 1  # in that order: compilers cannot tell the second
     if count > 1:
         return torch.bmm(x.reshape(count, rows // count, d), weight.expand(count, p, d).mT).view(rows, p)
     # half the time, where it is a transposed view
@@ -102,7 +105,7 @@ def narrow_product(left: Tensor, right: Tensor) -> Tensor:
     Products with few columns take up to three times as long as those with few rows; with more columns, a tenth less.
     """
     (rows, p), d = left.shape, right.shape[1]
-    count = blocks(rows, 2 * ROWS) if min(p, d) in UNEVEN and is_measured(left) else 1
+    count = blocks(rows, 2 * ROWS, min(p, d)) if is_measured(left) and min(p, d) in UNEVEN else 1
     if count > 1:
         left, right = left.reshape(count, -1, p), right.reshape(count, -1, d)
         return torch.bmm(left.mT, right).sum(0) if p <= d else torch.bmm(right.mT, left).sum(0).T

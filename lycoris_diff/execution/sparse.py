@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,7 @@ class Pattern:
         order: entry of the matrix for every entry of the transpose.
         entry: stored value for every entry of the matrix.
         flat: positions in the flattened matrix, in the order of the stored values.
-        distinct: no position occurs twice; files may hold such.
+        distinct: no position is known to occur twice; files may hold such.
     """
 
     shape: tuple[int, int]
@@ -45,7 +46,8 @@ class Pattern:
         order = (column * rows + row).argsort()
         by_row = _compressed(row, column, rows)
         by_column = _compressed(column[order], row[order], columns)
-        return cls((rows, columns), by_row, by_column, order, entry, flat, not bool((ordered.diff() == 0).any()))
+        distinct = not flat.is_meta and not bool((ordered.diff() == 0).any())  # offloaded ones are not to be looked at
+        return cls((rows, columns), by_row, by_column, order, entry, flat, distinct)
 
     def matrix(self, values: Tensor) -> Tensor:
         """The matrix with the given stored values."""
@@ -79,12 +81,10 @@ def _compressed(major: Tensor, minor: Tensor, count: int) -> tuple[Tensor, Tenso
     return starts.to(torch.int32), minor.to(torch.int32)
 
 
-#: tokens that a processor transposes at once: more would leave its cache between being copied and being read
+#: tokens that a thread transposes at once: more would leave its cache between being copied and being read
 BLOCK = 256
-
-
-def _blocks(t: Tensor) -> tuple[Tensor, ...]:
-    return t.split(BLOCK) if t.device.type == "cpu" else (t,)
+#: fewest tokens for which a sparse kernel is worth another call
+LEAST = 128
 
 
 def _turned(t: Tensor) -> Tensor:
@@ -92,15 +92,19 @@ def _turned(t: Tensor) -> Tensor:
     return t.unsqueeze(0).mT.contiguous()[0]
 
 
-def _turned_blocks(t: Tensor) -> list[Tensor]:
-    """Copies of the transposes of blocks of tokens, for a processor's caches and threads."""
-    tokens = t.shape[0]
-    if t.device.type != "cpu" or t.numel() == 0:
-        return [_turned(t)]
-    count = max(2 if tokens >= BLOCK // 2 else 1, -(-tokens // BLOCK))
-    size = -(-tokens // count)
-    rest = tokens % size
-    return [*_shuffled(t[: tokens - rest], size), *(_shuffled(t[-rest:], rest) if rest else ())]
+def _turned_blocks(t: Tensor) -> Iterator[Tensor]:
+    """Copies of the transposes of blocks of tokens in the dtype of sparse kernels, as many at a time as there are threads."""
+    if t.device.type != "cpu":
+        yield _turned(_wide(t))
+        return
+    threads = torch.get_num_threads()
+    for part in t.split(BLOCK * threads) if t.numel() else ():
+        tokens = part.shape[0]
+        size = -(-tokens // max(1, min(threads, tokens // LEAST)))
+        rest = tokens % size
+        yield from _shuffled(_wide(part[: tokens - rest]), size)
+        if rest:
+            yield _turned(_wide(part[tokens - rest :]))
 
 
 def _shuffled(t: Tensor, rows: int) -> tuple[Tensor, ...]:
@@ -131,12 +135,14 @@ class Sparse(Step):
 
     def weight_grad(self, geo: Geometry, x: Tensor, w: Any, grad: Tensor) -> Tensor:
         sampled = self.pattern.in_order(torch.zeros_like(_wide(w)))
-        for rows, columns in zip(_turned_blocks(_wide(grad)), _turned_blocks(_wide(x))):
+        for rows, columns in zip(_turned_blocks(grad), _turned_blocks(x)):
             torch.sparse.sampled_addmm(sampled, rows, columns.T, out=sampled)
         return torch.empty_like(w).index_copy_(0, self.pattern.entry, sampled.values().to(w.dtype))
 
 
 def _add_product_(y: Tensor, matrix: Tensor, x: Tensor) -> None:
     """``y += matrix x`` for every token."""
-    for out, inp in zip(_blocks(y), _blocks(x)):
-        out.add_(_turned(matrix @ _turned(_wide(inp))))
+    start = 0
+    for block in _turned_blocks(x):
+        y[start : start + block.shape[1]].add_(_turned(matrix @ block))
+        start += block.shape[1]

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..adapters.base import Adapter
 from ..execution.costs import Choice, choose
 from ..execution.lengths import product_of
-from ..execution.products import DEVICE, DTYPES
+from ..execution.products import is_measured
 from ..execution.program import Program
 from ..execution.weights import Formula
 
@@ -22,7 +22,7 @@ def may_fold(x: Tensor) -> bool:
 
     There the sum would lose what is small beside the weight.
     """
-    return x.device.type == DEVICE and x.dtype in DTYPES
+    return is_measured(x)
 
 
 def scales_rows(adapter: Adapter) -> bool:

@@ -213,8 +213,7 @@ class SeparateLayer(MergeableLayer):
         if program is not None and not program.eager_only and not plain:
             return Choice("beside", program.cost, 0), program
         training = torch.is_grad_enabled() and any([t.requires_grad for t in f.values()])
-        folds = may_fold(x) and not torch.compiler.is_compiling()
-        return weighed(adapter, program, self.geometry.tokens(x), training, folds, alone), program
+        return weighed(adapter, program, self.geometry.tokens(x), training, may_fold(x), alone), program
 
     def _row_mask(self, adapter: Adapter, out: Tensor) -> Tensor:
         """Rank dropout: drop output rows of the adapter's part; never divides by zero."""
