@@ -313,7 +313,7 @@ def test_half_precision(dtype):
 def test_lengths_of_a_half_precision_weight(sign, way, monkeypatch):
     """As exact as float32 makes them, also where the change undoes most of the weight; 0 is a change along nothing."""
     calls = take(monkeypatch, way)
-    monkeypatch.setattr(lengths, "ROOM", 1000)  # several blocks of rows
+    monkeypatch.setattr(lengths, "BLOCK", 1000)  # several of them
     base = nn.Linear(256, 64, bias=False).bfloat16().requires_grad_(False)
     with torch.no_grad():
         base.weight.copy_(torch.randn(64, 8) @ torch.randn(8, 256) + 0.05 * torch.randn(64, 256))

@@ -198,9 +198,12 @@ def assert_trained_alike(folder, name, single):
     assert main["losses"] == other["losses"] == pytest.approx(report.losses, rel=1e-5)
     together = weights(folder / name)
     assert together.keys() == after.keys() and max(steps.values()) > 1e-3
+    eps = torch.finfo(torch.float32).eps
+    # some gradients are zero but for rounding, which differs between processors: attention to a single position has no slope
+    noise = eps * max(steps.values())
     for key, value in after.items():
-        rounding = 4 * torch.finfo(torch.float32).eps * value.norm()
-        assert (together[key] - value).norm() <= 1e-4 * steps[key] + rounding, key
+        rounding = 4 * eps * value.norm()
+        assert (together[key] - value).norm() <= 1e-4 * steps[key] + rounding + noise, key
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -27,6 +27,8 @@ from .weights import Factors, Formula
 
 #: numbers of ``(W + up down) down^T`` that may be kept for backward in any case, 1 MiB in float32; as many as the input has
 ROOM = 2**18
+#: numbers of a weight that are converted at once, as many as stay in a cache
+BLOCK = 2**18
 
 
 @dataclass(frozen=True)
@@ -65,10 +67,10 @@ def dtype_back(weight: Tensor, wide: torch.dtype) -> torch.dtype:
 
 
 def turned_in_blocks(weight: Tensor, down: Tensor) -> Tensor:
-    """``weight down^T`` in the dtype of ``down``; of a narrower weight, copies are made of as many rows as stay in a cache."""
+    """``weight down^T`` in the dtype of ``down``; of a narrower weight, copies are made of a block of rows at a time."""
     if weight.dtype is down.dtype or weight.device.type != DEVICE:
         return times_narrow(weight.to(down.dtype), down)
-    rows = weight.split(max(1, ROOM // weight.shape[1]))
+    rows = weight.split(max(1, BLOCK // weight.shape[1]))
     return torch.cat([times_narrow(block.to(down.dtype), down) for block in rows])
 
 
