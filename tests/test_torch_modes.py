@@ -23,6 +23,8 @@ from cases import (
 from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
 
+from lycoris_diff.execution import sparse
+
 pytestmark = pytest.mark.usefixtures("fused")
 
 
@@ -74,7 +76,8 @@ def test_gradient_checkpointing(algorithm, reentrant):
     ),
 )
 def test_functional_transforms(algorithm, layer):
-    """Per-sample gradients by vmap over grad equal a loop; vmap over inputs equals the batch."""
+    """Per-sample gradients by vmap over grad equal a loop; vmap over inputs equals the batch. Nothing has run before."""
+    sparse._announce_sparse.cache_clear()
     _, model, adapted = build(algorithm, layer)
     x = make_input(adapted.base_layer)
     batch = torch.stack([x, -0.5 * x, x.cos()])

@@ -80,6 +80,9 @@ class Adapter(FactorStore):
     #: what `row_statistics` keeps for backward is a few vectors
     small_row_statistics: ClassVar[bool] = False
 
+    #: one adapter, not a sum of several
+    single: ClassVar[bool] = True
+
     strength: Tensor
 
     def __init__(self, geometry: Geometry, config: AdapterConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -232,7 +235,7 @@ class Adapter(FactorStore):
     @property
     def depends_on_weight(self) -> bool:
         """Whether the change must be taken against the unmodified base weight."""
-        return self.decomposed or not self.additive
+        return not self.additive or (bool(self.magnitude_name) and self.magnitude_name in self.factor_shapes)
 
     @property
     def changes_weight(self) -> bool:
@@ -294,11 +297,6 @@ class Adapter(FactorStore):
         if torch.compiler.is_compiling() or f["strength"] is not self._buffers["strength"]:
             return False
         return self._strength == 1.0 and not f["strength"].requires_grad
-
-    @property
-    def single(self) -> bool:
-        """Whether it is one adapter, not a sum of several."""
-        return type(self).members is Adapter.members
 
     def members(self, exact: bool = False) -> list[tuple[Adapter, dict[str, Tensor]]]:
         """The adapters this one consists of, with their inputs: itself, or the parts of a sum."""

@@ -42,6 +42,7 @@ class Combined(Adapter):
     """
 
     config_class = CombinedConfig
+    single = False
 
     @classmethod
     def of(cls, config: CombinedConfig, parts: dict[int, Adapter]) -> Combined:

@@ -49,10 +49,12 @@ class FactorStore(nn.Module):
     def factors(self) -> dict[str, Tensor]:
         """Live factors by the names of the file's tensors; offloaded ones are brought to their device."""
         live: dict[str, Any] = {}
+        away = False
         for name, (submodule, leaf) in self._owners.items():
             owner = self if submodule is None else submodule
-            live[name] = owner._parameters[leaf] if leaf in owner._parameters else owner._buffers[leaf]
-        if not any([t.is_meta for t in live.values()]):
+            live[name] = t = owner._parameters[leaf] if leaf in owner._parameters else owner._buffers[leaf]
+            away = away or t.is_meta  # type: ignore[union-attr]
+        if not away:
             return live
         with contextlib.ExitStack() as stack:
             for module in self.modules():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,8 @@ from .weights import Factors
 #: base layer keeps the input anyway, twice that
 KEPT = 0.25
 
+#: terms with their factors by name
+Pairs = Sequence[tuple["Term", dict[str, Tensor]]]
 AddChange = Callable[[Tensor, Tensor, Factors], Tensor]
 ChangeEntries = Callable[[Tensor, Factors], Tensor | None]
 
@@ -98,23 +101,29 @@ class Call:
             start += len(term.names)
         return pairs
 
-    def weight(self, base: Tensor, tensors: Sequence[Tensor], way: str = "") -> Tensor:
+    def weight(self, base: Tensor, pairs: Pairs, way: str = "") -> Tensor:
         """The weight that the host's operation runs with: changes summed in float32 or better, cast once.
 
         Args:
             base: canonical weight of the host.
-            tensors: factors of all terms, in order.
+            pairs: what `split` returns.
             way: "forward" or "backward", with the changes that are folded then; empty, without.
         """
         folds = way != "" and getattr(self.folded, way)
         if not (self.is_dense or folds):
             return base.to(self.dtype)
-        changes = [(t, f) for t, f in self.split(tensors) if t.program is None or (folds and getattr(t.folded, way))]
+        changes = pairs
+        if len(pairs) > 1:
+            changes = [(t, f) for t, f in pairs if t.program is None or (folds and getattr(t.folded, way))]
         return changed_weight(base, changes, self.dtype)
 
-    def beside(self, tensors: Sequence[Tensor]) -> list[tuple[Program, dict[str, Tensor], Folded]]:
+    def beside(self, pairs: Pairs) -> list[tuple[Program, dict[str, Tensor], Folded]]:
         """Programs with their factors in the dtype of the operation, and what of them is folded."""
-        return [(t.program, cast(f, self.dtype), t.folded) for t, f in self.split(tensors) if t.program is not None]
+        found = []
+        for term, f in pairs:
+            if term.program is not None:
+                found.append((term.program, cast(f, self.dtype), term.folded))
+        return found
 
     def worth_keeping(self, x: Tensor, *results: Tensor | None) -> list[Tensor | None]:
         """Results on the way from ``x``, each None unless it is small enough to be kept for backward with those before it."""
@@ -130,17 +139,19 @@ class Call:
         dense = tuple(t if t.program is None or not t.program.eager_only else t._replace(program=None) for t in self.terms)
         call = replace(self, terms=dense)
         host_bias = None if bias is None or row is not None else bias.to(self.dtype)
-        y = geo.apply(x, call.weight(weight, tensors), host_bias)
-        for program, f, _ in call.beside(tensors):
+        pairs = call.split(tensors)
+        y = geo.apply(x, call.weight(weight, pairs), host_bias)
+        for program, f, _ in call.beside(pairs):
             y = y + program.run(geo, x, f)
         return y if row is None else scale_rows(y, row, bias)
 
 
 def cast(f: Factors, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Floating factors in another dtype; indices and numbers stay as they are."""
-    return {
-        k: v.to(dtype) if type(v) is not float and v.dtype is not dtype and v.is_floating_point() else v for k, v in f.items()
-    }
+    """Floating factors in another dtype; indices and numbers stay as they are. ``f`` itself where all have it."""
+    for v in f.values():
+        if type(v) is not float and v.dtype is not dtype and v.is_floating_point():
+            return {k: v.to(dtype) if type(v) is not float and v.is_floating_point() else v for k, v in f.items()}
+    return f  # type: ignore[return-value]
 
 
 def changed_weight(base: Tensor, dense: Sequence[tuple[Any, Factors]], dtype: torch.dtype) -> Tensor:
@@ -175,8 +186,8 @@ def adapted(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, row: Ten
         row: optional factor for every output channel, applied before the bias (DoRA).
         tensors: factors of all terms, in order.
     """
-    recorded = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in (x, bias, row, *tensors)])
-    if recorded:
+    watched = x.requires_grad or any([t is not None and t.requires_grad for t in (bias, row, *tensors)])
+    if watched and torch.is_grad_enabled():
         out: Tensor = _Adapted.apply(call, x, weight, bias, row, *tensors)
         return out
     return _run(call, x, weight, bias, row, tensors)[0]
@@ -184,6 +195,7 @@ def adapted(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, row: Ten
 
 #: of a program, the first step's output and what its last step ran on, each None where it is not to be kept
 Midway = tuple[Tensor | None, Tensor | None]
+_NOTHING: Midway = (None, None)
 
 
 def _run(call: Call, x, weight, bias, row, tensors) -> tuple[Tensor, Tensor | None, list[Midway]]:
@@ -192,10 +204,12 @@ def _run(call: Call, x, weight, bias, row, tensors) -> tuple[Tensor, Tensor | No
     The first steps come before the host's operation: they read the input while it is likely still in a cache.
     """
     geo = call.geometry
-    beside = call.beside(tensors)
-    started = [None if folded.forward else program.start(geo, x, f) for program, f, folded in beside]
+    pairs = call.split(tensors)
+    beside, started = call.beside(pairs), []
+    for program, f, folded in beside:
+        started.append(None if folded.forward else program.start(geo, x, f))
     host_bias = None if bias is None or row is not None else bias.to(call.dtype)
-    y = geo.apply(x, call.weight(weight, tensors, "forward"), host_bias)
+    y = geo.apply(x, call.weight(weight, pairs, "forward"), host_bias)
     y = y if y.is_contiguous() else y.contiguous()
     midway: list[Midway] = []
     for (program, f, _), z in zip(beside, started):
@@ -211,7 +225,9 @@ class _Adapted(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call: Call, x, weight, bias, row, *tensors):
         y, unscaled, midway = _run(call, x, weight, bias, row, tensors)
-        kept = [t for pair in midway for t in call.worth_keeping(x, *pair)]
+        kept: list[Tensor | None] = []
+        for pair in midway:
+            kept += pair if pair[0] is None and pair[1] is None else call.worth_keeping(x, *pair)
         ctx.set_materialize_grads(False)
         ctx.call, ctx.factors = call, len(tensors)
         ctx.save_for_backward(x, weight, bias, row, unscaled, *tensors, *kept)
@@ -242,9 +258,10 @@ class _Adapted(torch.autograd.Function):
 def _backward(call: Call, x, weight, tensors, kept, needs, grad):
     """Gradient of the input and of every factor; the adapters' part in it follows the host's into the same tensor."""
     geo = call.geometry
-    if call.is_direct and not any([n for t, n in zip(call.names, needs[4:]) if t == "scale"]):
-        g_tensors, pushes = _direct_gradients(call, x, tensors, kept, needs, grad)
-        g_x = geo.gradients(grad, x, call.weight(weight, tensors, "backward"), True, False)[0] if needs[0] else None
+    if call.is_direct and not ("scale" in call.names and any([n for t, n in zip(call.names, needs[4:]) if t == "scale"])):
+        pairs = call.split(tensors)
+        g_tensors, pushes = _direct_gradients(call, x, pairs, kept, needs, grad)
+        g_x = geo.gradients(grad, x, call.weight(weight, pairs, "backward"), True, False)[0] if needs[0] else None
     else:
         g_tensors, pushes, g_x = _gradients(call, x, weight, tensors, kept, needs, grad)
     if g_x is not None:
@@ -254,14 +271,14 @@ def _backward(call: Call, x, weight, tensors, kept, needs, grad):
     return g_x, g_tensors
 
 
-def _direct_gradients(call: Call, x, tensors, kept, needs, grad):
+def _direct_gradients(call: Call, x, pairs: Pairs, kept, needs, grad):
     """Gradients of the factors by formula, and what is to be pushed into the input's gradient."""
     found: list[Tensor | None] = []
     pushes = []
     kept = iter(kept)
-    for term, own in call.split(tensors):
-        z, h = (None, None) if term.program is None else next(kept)
-        wanted = [name for name, n in zip(term.names, needs[4 + len(found) :]) if n]
+    for term, own in pairs:
+        z, h = _NOTHING if term.program is None else next(kept)
+        wanted = set(compress(term.names, needs[4 + len(found) :]))
         f = cast(own, call.dtype)
         if term.program is None:
             assert term.sampled is not None and term.sampled.weight is not None  # every term is direct
@@ -270,7 +287,8 @@ def _direct_gradients(call: Call, x, tensors, kept, needs, grad):
             beside = needs[0] and not term.folded.backward
             by_name, gz = term.program.backward_direct(call.geometry, x, z, f, wanted, grad, beside, h)
             pushes += [(term.program, f, gz)] if beside else []
-        found += [by_name[name].to(own[name].dtype) if name in by_name else None for name in term.names]
+        for name in term.names:
+            found.append(by_name[name].to(own[name].dtype) if name in by_name else None)
     return found, pushes
 
 
@@ -284,7 +302,8 @@ def _gradients(call: Call, x, weight, tensors, kept, needs, grad):
     total: list[Tensor | None] = [None] * len(leaves)
     pushes = []
     with torch.enable_grad():
-        running = call.beside(held)
+        pairs = call.split(held)
+        running = call.beside(pairs)
     for (program, f, folded), (z, _) in zip(running, kept):
         beside = needs[0] and not folded.backward
         grads, gz = program.backward(geo, x, z, f, leaves, grad, beside)
@@ -293,12 +312,14 @@ def _gradients(call: Call, x, weight, tensors, kept, needs, grad):
     effective, whole = weight.to(call.dtype), False
     if call.is_dense:
         with torch.enable_grad():
-            effective = call.weight(weight.detach(), held)
-        sampled = [(t.sampled, f) for t, f in call.split(held) if t.sampled is not None]
+            effective = call.weight(weight.detach(), pairs)
+        sampled = [(t.sampled, f) for t, f in pairs if t.sampled is not None]
         whole = effective.requires_grad and len(sampled) < sum(t.program is None for t in call.terms)
         for step, f in [] if whole or not leaves else sampled:
             total = add_gradients(total, sampled_gradients(step, geo, x, cast(f, call.dtype), leaves, grad))
-    through = call.weight(weight, tensors, "backward") if call.folded.backward and needs[0] else effective.detach()
+    through = effective.detach()
+    if call.folded.backward and needs[0]:
+        through = call.weight(weight, call.split(tensors), "backward")
     g_x, g_w = geo.gradients(grad, x, through, needs[0], whole)
     if g_w is not None:
         total = add_gradients(total, torch.autograd.grad(effective, leaves, g_w, allow_unused=True))

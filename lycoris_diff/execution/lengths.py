@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import NamedTuple
 
 import torch
@@ -119,12 +120,13 @@ class State(NamedTuple):
 def _run(
     call: Call, how: Lengths, x: Tensor, weight: Tensor, bias: Tensor | None, tensors: Sequence[Tensor]
 ) -> tuple[Tensor, State]:
-    geo, [(term, own)] = call.geometry, call.split(tensors)
+    geo, pairs = call.geometry, call.split(tensors)
+    [(term, own)] = pairs
     program, folded = _of(term)
     f = cast(own, call.dtype)
     up, down = how.product(own, call.dtype)
     z = None if folded.forward else program.start(geo, x, f)
-    through = call.weight(weight, tensors, "forward")
+    through = call.weight(weight, pairs, "forward")
     if how.rides(x, down.dtype) and not folded.forward:
         both = geo.apply(torch.cat((x, down)), through)
         y, turned = both[: x.shape[0]], both[x.shape[0] :].T
@@ -185,10 +187,11 @@ class _Lengthened(torch.autograd.Function):
 def _backward(call: Call, how: Lengths, x: Tensor, weight: Tensor, state: State, tensors, needs, grad: Tensor):
     """Gradient of the input and of every factor."""
     unscaled, row, inverse, slope, changed, z = state
-    geo, [(term, own)] = call.geometry, call.split(tensors)
+    geo, pairs = call.geometry, call.split(tensors)
+    [(term, own)] = pairs
     program, folded = _of(term)
     f, (up, down) = cast(own, call.dtype), how.product(own, call.dtype)
-    wanted = [name for name, need in zip(term.names, needs[3:]) if need]
+    wanted = set(compress(term.names, needs[3:]))
     beside = needs[0] and not folded.backward
     near = dtype_back(weight, down.dtype)
     ride = how.rides(x, near) and beside and trains(program.first, wanted)
@@ -196,7 +199,7 @@ def _backward(call: Call, how: Lengths, x: Tensor, weight: Tensor, state: State,
     assert rows is not None  # `product_of` saw to it
     if folded.backward:  # the rows of what the gradient is multiplied with are scaled, not those of the gradient
         g_row, above = sum_products(grad, unscaled), grad
-        f[rows] = f[rows] * _like(row, f[rows])
+        f = f | {rows: f[rows] * _like(row, f[rows])}
     else:
         g_row, above = rows_backward(grad, unscaled, row, down.shape[0] if ride else 0)
     scaled = above[: grad.shape[0]]
@@ -213,7 +216,7 @@ def _backward(call: Call, how: Lengths, x: Tensor, weight: Tensor, state: State,
         both = above @ weight.to(call.dtype)
         g_x, below = both[: grad.shape[0]], both[grad.shape[0] :]
     elif needs[0]:
-        through = call.weight(weight, tensors, "backward")
+        through = call.weight(weight, pairs, "backward")
         through = through * _like(row, through) if folded.backward else through
         g_x, _ = geo.gradients(scaled, x, through, True, False)
     wide = cast(own, up.dtype)

@@ -41,11 +41,12 @@ def blocks(rows: int, least: int, width: int = 0) -> int:
 def times(x: Tensor, weight: Tensor) -> Tensor:
     """``x @ weight.T`` for ``x (rows, d)`` and ``weight (p, d)``, differentiable."""
     (rows, d), p = x.shape, weight.shape[0]
+    if p < NARROW:
+        return F.linear(x, weight.contiguous())  # half the time, where it is a transposed view
     count = blocks(rows, ROWS, p) if is_measured(x) and p in UNEVEN else 1  # in that order: compilers cannot tell the second
     if count > 1:
         return torch.bmm(x.reshape(count, rows // count, d), weight.expand(count, p, d).mT).view(rows, p)
-    # half the time, where it is a transposed view
-    return F.linear(x, weight.contiguous() if p < NARROW else weight)
+    return F.linear(x, weight)
 
 
 def mix(x: Tensor, weight: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ What happens between the first and the last step works on small tensors; where i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,8 +45,15 @@ class Program:
 
     def plus(self, geo: Geometry, y: Tensor, x: Tensor, f: Factors) -> Tensor:
         """``y`` and the adapter's output, in plain differentiable operations, in the memory of ``y``, to be given up."""
-        h, w = self._between(geo, self.start(geo, x, f), f), _built(self.last, f)
-        return self.last.plus(geo, y, h, w) if y.is_contiguous() else y + self.last.apply(geo, h, w)
+        # small layers run this in every call: no functions on the way that only look something up
+        first, mid, last = self.first, self.mid, self.last
+        h = x if first is None else first.apply(geo, x, None if first.weight is None else first.weight(f))
+        if isinstance(mid, Step):
+            h = mid.apply(geo, h, None if mid.weight is None else mid.weight(f))
+        elif mid is not None:
+            h = mid(geo, h, f)
+        w = None if last.weight is None else last.weight(f)
+        return last.plus(geo, y, h, w) if y.is_contiguous() else y + last.apply(geo, h, w)
 
     def start(self, geo: Geometry, x: Tensor, f: Factors) -> Tensor:
         """Output of the first step."""
@@ -88,7 +95,7 @@ class Program:
         x: Tensor,
         z: Tensor | None,
         f: Factors,
-        wanted: Container[str],
+        wanted: Set[str],
         grad: Tensor,
         of_input: bool,
         h: Tensor | None = None,
@@ -102,21 +109,24 @@ class Program:
         Returns:
             Gradients by name in the dtype of the operation, and what `push_` takes.
         """
-        if self.first is None:
-            return learned(self.last, geo, x, _built(self.last, f), f, wanted, grad), grad
-        z = self.start(geo, x, f) if z is None else z
+        first, last = self.first, self.last
         mid: Any = self.mid
-        wm, wl = None if mid is None else _built(mid, f), _built(self.last, f)
+        wl = None if last.weight is None else last.weight(f)
+        if first is None:
+            return learned(last, geo, x, wl, f, wanted, grad), grad
+        w = None if first.weight is None else first.weight(f)
+        z = first.apply(geo, x, w) if z is None else z
+        wm = None if mid is None or mid.weight is None else mid.weight(f)
         if h is None:
             h = z if mid is None else mid.apply(geo, z, wm)
-        found = learned(self.last, geo, h, wl, f, wanted, grad)
-        if not (of_input or trains(self.first, wanted) or (mid is not None and trains(mid, wanted))):
+        found = learned(last, geo, h, wl, f, wanted, grad)
+        if not (of_input or trains(first, wanted) or (mid is not None and trains(mid, wanted))):
             return found, None
-        gz = self.last.adjoint(geo, h, wl, grad)
+        gz = last.adjoint(geo, h, wl, grad)
         if mid is not None:
             found |= learned(mid, geo, z, wm, f, wanted, gz)
             gz = mid.adjoint(geo, z, wm, gz)
-        found |= learned(self.first, geo, x, _built(self.first, f), f, wanted, gz)
+        found |= learned(first, geo, x, w, f, wanted, gz)
         return found, gz
 
     def backward(
@@ -179,14 +189,16 @@ def is_direct(step: Step) -> bool:
     return step.weight is None or isinstance(step.weight, Formula)
 
 
-def trains(step: Step | None, wanted: Container[str]) -> bool:
+def trains(step: Step | None, wanted: Set[str]) -> bool:
     """Whether the gradient of a factor behind a direct step's weight is wanted."""
-    return step is not None and isinstance(step.weight, Formula) and any([name in wanted for name in step.weight.names])
+    return step is not None and isinstance(step.weight, Formula) and not wanted.isdisjoint(step.weight.names)
 
 
-def learned(step: Any, geo: Geometry, x: Tensor, w: Any, f: Factors, wanted: Container[str], grad: Tensor) -> dict[str, Tensor]:
+def learned(step: Any, geo: Geometry, x: Tensor, w: Any, f: Factors, wanted: Set[str], grad: Tensor) -> dict[str, Tensor]:
     """Those gradients by the factors' names; nothing if none is wanted. ``w`` is the step's weight."""
-    return step.weight.pull(f, step.weight_grad(geo, x, w, grad), wanted) if trains(step, wanted) else {}
+    if not isinstance(step.weight, Formula) or wanted.isdisjoint(step.weight.names):
+        return {}
+    return step.weight.pull(f, step.weight_grad(geo, x, w, grad), wanted)
 
 
 def sampled_gradients(

@@ -40,7 +40,6 @@ class Pattern:
     @classmethod
     def of(cls, flat: Tensor, rows: int, columns: int) -> Pattern:
         """Pattern of flat positions in any order."""
-        _announce_sparse()
         ordered, entry = flat.sort()
         row, column = ordered // columns, ordered % columns
         order = (column * rows + row).argsort()
@@ -55,10 +54,12 @@ class Pattern:
 
     def in_order(self, values: Tensor) -> Tensor:
         """The matrix with values that are sorted by row."""
+        _announce_sparse()
         return torch.sparse_csr_tensor(*self.by_row, values, self.shape, check_invariants=False)
 
     def transposed(self, values: Tensor) -> Tensor:
         """Its transpose."""
+        _announce_sparse()
         swapped = values[self.entry][self.order]
         return torch.sparse_csr_tensor(*self.by_column, swapped, self.shape[::-1], check_invariants=False)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..functional.miss import shard_sum
 from .geometry import Geometry
-from .products import copies_are_smaller, given_up, mix, plus_on_every
+from .products import copies_are_smaller, given_up, mix, plus_on_every, times
 from .weights import Build
 
 
@@ -60,7 +60,7 @@ class Pointwise(Step):
     groups: int = 1
 
     def apply(self, geo: Geometry, x: Tensor, w: Any) -> Tensor:
-        return geo.pointwise(x, w, self.groups)
+        return geo.pointwise(x, w, self.groups) if geo.kernel or self.groups > 1 else times(x, w)
 
     def adjoint(self, geo: Geometry, x: Tensor, w: Any, grad: Tensor) -> Tensor:
         return geo.pointwise(grad, w.T, self.groups)

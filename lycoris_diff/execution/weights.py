@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ class Factor(Formula):
     swapped: bool = False
     shape: tuple[int, ...] | None = None
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         return (self.name,)
 
@@ -77,8 +78,11 @@ class Factor(Formula):
         return None if self.swapped else self.name
 
     def __call__(self, f: Factors) -> Tensor:
-        t = times_scale(f[self.name], f["scale"]) if self.scaled else f[self.name]
-        t = t.transpose(0, 1) if self.swapped else t
+        t = f[self.name]
+        if self.scaled:
+            t = times_scale(t, f["scale"])
+        if self.swapped:
+            t = t.transpose(0, 1)
         return t.reshape(self.shape) if self.shape is not None else t.flatten(1) if t.dim() > 2 else t
 
     def pull(self, f: Factors, grad: Tensor, wanted: Container[str]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from ..execution.engine import Call, Term, adapted
 from ..execution.lengths import ROOM, Lengths, lengthened
 from ..execution.narrow import narrowed
 from ..execution.program import Program
-from .choosing import lengthened_product, lengthens, scales_rows
+from .choosing import lengthened_product, scales_rows, setting
 from .frozen import Ready, frozen, prepared, settled
 from .light import Parts, changes_cheaply, has_little_weight, is_small, keeps_little, run_light
 from .parts import bias_change, plus, row_factor
@@ -71,15 +71,18 @@ class AdaptedLayer(SeparateLayer):
         """How they run in training, as found for an earlier input like this; None where every call has to find out."""
         if not torch.is_grad_enabled() or self.biased or torch.is_autocast_enabled(x.device.type):
             return None
-        adapters = [self.adapter(n) for n in names]
-        scales = [adapter.known_scale for adapter in adapters]
-        if None in scales or (self.training and any([varied(adapter) for adapter in adapters])):
-            return None
-        kinds = [(adapter.program_key(), lengthens(adapter)) for adapter in adapters]
-        key = names, x.shape, x.dtype, self.training, *scales, *kinds
-        if key in self.plans:
-            return self.plans[key]
-        return self.plans.keep(key, self._find(list(zip(adapters, scales)), x))  # type: ignore[arg-type]
+        held: Any = self._modules["adapters"]._modules  # type: ignore[union-attr]
+        key: list[Any] = [names, x.shape, x.dtype, self.training]
+        for name in names:
+            adapter = held[name]
+            found = setting(adapter)
+            if found is None or (self.training and varied(adapter)):
+                return None
+            key.append(found)
+        plan = self.plans.get(tuple(key), _UNKNOWN)
+        if plan is not _UNKNOWN:
+            return plan
+        return self.plans.keep(tuple(key), self._find([(held[name], found[0]) for name, found in zip(names, key[4:])], x))
 
     def _find(self, adapters: list[tuple[Adapter, float]], x: Tensor) -> Plan | None:
         inner, _ = self.geometry.enter(x)
@@ -185,3 +188,4 @@ class AdaptedLayer(SeparateLayer):
 
 
 _TENSORS = (Tensor, nn.Parameter)
+_UNKNOWN: Any = object()

@@ -65,9 +65,10 @@ def run_light(geometry: Geometry, weight: Tensor, bias: Tensor | None, x: Tensor
     """
     inner, lead = geometry.enter(x)
     weight = geometry.canonical(weight)
-    dense = [(adapter, adapter.inputs()) for adapter, program, _ in parts if program is None]
-    if dense:
-        weight = changed_weight(weight, dense, x.dtype)
+    for _, program, _ in parts:
+        if program is None:
+            weight = changed_weight(weight, [(a, a.inputs()) for a, beside, _ in parts if beside is None], x.dtype)
+            break
     y = geometry.apply(inner, weight, bias)
     for adapter, program, scale in parts:
         if program is not None:

@@ -54,13 +54,25 @@ class SeparateLayer(MergeableLayer):
 
     def _at_work(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """Those that are run. A zero strength is not unless it trains: exactly the base, whatever the factors hold."""
-        return tuple([n for n in names if not self.adapter(n).idle or _trains(self.adapter(n))])
+        held: Any = self._modules["adapters"]._modules  # type: ignore[union-attr]
+        for name in names:
+            if held[name].idle:
+                return tuple([n for n in names if not held[n].idle or _trains(held[n])])
+        return names
 
     def _transparent(self) -> bool:
         """Whether the base layer is a plain known class that nothing else watches, so that its weight may be used directly."""
         base: Any = self._modules["base_layer"]
-        known = type(base) in _PLAIN or (type(base).__name__ == "Conv1D" and is_transformers_conv1d(base))
-        return known and not self.merged and "forward" not in base.__dict__ and not has_hooks(base)
+        if type(base) not in _PLAIN and not (type(base).__name__ == "Conv1D" and is_transformers_conv1d(base)):
+            return False
+        own, shared = base.__dict__, _SHARED
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+            return False
+        if shared["_global_forward_hooks"] or shared["_global_forward_pre_hooks"]:
+            return False
+        if shared["_global_backward_hooks"] or shared["_global_backward_pre_hooks"]:
+            return False
+        return not self.merged and "forward" not in own
 
     def _around(self, adapter: Adapter, x: Tensor) -> bool:
         cost = adapter.around_cost
@@ -237,15 +249,6 @@ _SHARED = vars(torch.nn.modules.module)
 _OF_INPUT, _OF_OUTPUT, _OF_MODULE = ("lora_dropout", "miss_dropout"), "rank_dropout", "module_dropout"
 
 
-def has_hooks(layer: nn.Module) -> bool:
-    """Whether a hook of the layer's own, or a global one, wants to see the layer called."""
-    own, shared = layer.__dict__, _SHARED
-    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
-        return True
-    hooks = shared["_global_forward_hooks"] or shared["_global_forward_pre_hooks"]
-    return bool(hooks or shared["_global_backward_hooks"] or shared["_global_backward_pre_hooks"])
-
-
 def compute_dtype(x: Tensor) -> torch.dtype:
     """Dtype an operation on ``x`` runs in: autocast's where it is on, else the input's."""
     kind = x.device.type
@@ -274,8 +277,8 @@ def _output_dropout(adapter: Adapter) -> float:
 
 def varied(adapter: Adapter) -> bool:
     """Whether chance decides, in training, what the adapter adds."""
-    fields = vars(adapter.config)
-    return any([fields.get(name) for name in (*_OF_INPUT, _OF_OUTPUT, _OF_MODULE)])
+    get = vars(adapter.config).get
+    return bool(get(_OF_INPUT[0]) or get(_OF_INPUT[1]) or get(_OF_OUTPUT) or get(_OF_MODULE))
 
 
 def masked(adapter: Adapter) -> bool:
