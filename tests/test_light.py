@@ -12,7 +12,7 @@ from test_around import results
 from torch import nn
 
 from lycoris_diff import AdapterError, LoHaConfig, LoKrConfig, LoraConfig, inject_adapter
-from lycoris_diff.execution import engine, geometry, lengths
+from lycoris_diff.execution import engine, lengths, steps
 from lycoris_diff.layers import light
 from lycoris_diff.layers.plans import KINDS
 
@@ -65,7 +65,7 @@ def test_same_function(algorithm, layer, ran, monkeypatch):
 @pytest.mark.parametrize("algorithm", ["lora", "lokr"])
 def test_copied_factors(algorithm, ran, monkeypatch):
     """Where there are many rows, the last factor is multiplied as a copy: output and gradients, and none behind a view."""
-    monkeypatch.setattr(geometry, "MANY", 2)
+    monkeypatch.setattr(steps, "MANY", 2)
     model, adapted = adapt(make_layer("linear"), ALGORITHMS[algorithm](), "a")
     model.add_adapter("b", LoraConfig(r=4, target_modules=["layer"]))
     model.set_adapter(["a", "b"])
@@ -73,7 +73,7 @@ def test_copied_factors(algorithm, ran, monkeypatch):
     x = make_input(adapted.base_layer)
     found = results(model, x)
     assert ran["light"] == 1 and "Addmm" in type(adapted(x[0]).grad_fn).__name__
-    monkeypatch.setattr(geometry, "MANY", 10**9)
+    monkeypatch.setattr(steps, "MANY", 10**9)
     torch.testing.assert_close(found, results(model, x), rtol=1e-12, atol=1e-12)
 
 

@@ -58,6 +58,8 @@ class Adapter(FactorStore):
         config: the layer's own config (patterns resolved).
         scaling: trained strength (alpha / r), a constant.
         strength: 0-d tensor, multiplies the trained strength; 1 is as trained, 0 is the base model.
+        decomposed: DoRA is on.
+        depends_on_weight: the change must be taken against the unmodified base weight.
     """
 
     config_class: ClassVar[type[AdapterConfig]]
@@ -92,6 +94,8 @@ class Adapter(FactorStore):
         self.scaling = config.scaling()
         self.register_buffer("strength", torch.ones(()), persistent=False)
         self._strength = 1.0
+        self.decomposed = bool(self.magnitude_name) and self.magnitude_name in self.factor_shapes
+        self.depends_on_weight = self.decomposed or not self.additive
 
     # --- what an algorithm defines -----------------------------------------------------------------------------------
     @classmethod
@@ -228,16 +232,6 @@ class Adapter(FactorStore):
 
     # --- strength ----------------------------------------------------------------------------------------------------
     @property
-    def decomposed(self) -> bool:
-        """Whether DoRA is on."""
-        return bool(self.magnitude_name) and self.magnitude_name in self.factor_shapes
-
-    @property
-    def depends_on_weight(self) -> bool:
-        """Whether the change must be taken against the unmodified base weight."""
-        return not self.additive or (bool(self.magnitude_name) and self.magnitude_name in self.factor_shapes)
-
-    @property
     def changes_weight(self) -> bool:
         """Whether there is a change of the weight; only the bias may be changed."""
         return True
@@ -284,13 +278,15 @@ class Adapter(FactorStore):
         f["scale"] = (torch.ones_like(strength) if self.depends_on_weight else strength) * self.scaling
         return f
 
-    @property
-    def known_scale(self) -> float | None:
-        """The factor on the delta as a number; None where the strength learns or is not one number."""
-        buffers: Any = self._buffers
-        if not self.single or buffers["strength"].requires_grad:
+    def setting(self) -> tuple[float, Hashable] | None:
+        """What it trains with beside its factors: the factor on the delta as a number, and what its program depends on.
+
+        None where that is no number, since the strength learns or it is a sum of several, and at zero strength.
+        """
+        strength = self._strength
+        if strength == 0.0 or not self.single or self._buffers["strength"].requires_grad:  # type: ignore[union-attr]
             return None
-        return float(self.scaling) if self.depends_on_weight else self._strength * self.scaling
+        return float(self.scaling) if self.depends_on_weight else strength * self.scaling, self.program_key()
 
     def at_full_strength(self, f: Factors) -> bool:
         """Whether these inputs are at strength one for certain. Compiled code is not told: others would compile it again."""

@@ -58,6 +58,7 @@ class Combined(Adapter):
             for i, part in combined._parts()
             for name, (owner, leaf) in part._owners.items()
         }
+        combined.depends_on_weight = any(part.depends_on_weight for part in parts.values())
         combined.set_strength(1.0)
         return combined
 
@@ -81,10 +82,6 @@ class Combined(Adapter):
 
     def in_use(self) -> list[Adapter]:
         return [part for _, part in self._parts()]
-
-    @property
-    def depends_on_weight(self) -> bool:
-        return any(p.depends_on_weight for _, p in self._parts())
 
     @property
     def changes_weight(self) -> bool:

@@ -60,10 +60,9 @@ class Miss(Adapter):
     config_class = MissConfig
     factor_names = ("miss_block",)
 
-    @property
-    def depends_on_weight(self) -> bool:
-        """Only "bat" is taken against the base weight."""
-        return self.config.init_weights == "bat"
+    def __init__(self, geometry: Geometry, config: MissConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        super().__init__(geometry, config, shapes)
+        self.depends_on_weight = config.init_weights == "bat"
 
     @classmethod
     def shapes(cls, geometry: Geometry, config: MissConfig) -> dict[str, tuple[int, ...]]:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .products import MANY, NARROW, given_up, narrow_product, on_every, plus_on_every, summed, times
+from .products import narrow_product, on_every, summed, times
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _CONV_LAYERS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
@@ -151,18 +151,6 @@ class Geometry:
             size = prod(y.shape[2:])
             y.view(batch, b, size).baddbmm_(weight.expand(batch, b, q), h.reshape(batch, q, size))
         return y
-
-    def accumulated(self, y: Tensor, h: Tensor, weight: Tensor, groups: int = 1) -> Tensor:
-        """``y + pointwise(h, weight, groups)``, differentiable, in the memory of a contiguous ``y`` that nothing else needs."""
-        b, q = weight.shape
-        if not self.kernel:
-            h = h if groups == 1 else h.reshape(-1, q)
-            # as a copy, its gradient is a product with few rows, not with few columns
-            copied = q < NARROW and h.shape[0] >= MANY and h.device.type == "cpu"
-            up = weight.T.contiguous() if copied else weight.T
-            return y.addmm_(h, up) if groups == 1 else given_up(given_up(y, -1, b).addmm_(h, up), *y.shape)
-        batch, size = y.shape[0] * groups, prod(y.shape[2:])
-        return given_up(plus_on_every(given_up(y, batch, b, size), weight, h.reshape(batch, q, size)), *y.shape)
 
     def pointwise_weight_grad(self, x: Tensor, grad: Tensor, weight: Tensor, groups: int) -> Tensor:
         """Gradient of `pointwise` with respect to its weight ``(p, d)``."""

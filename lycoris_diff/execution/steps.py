@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..functional.miss import shard_sum
 from .geometry import Geometry
-from .products import copies_are_smaller, given_up, mix, plus_on_every, times
+from .products import DEVICE, MANY, NARROW, copies_are_smaller, given_up, mix, plus_on_every, times
 from .weights import Build
 
 
@@ -69,7 +69,15 @@ class Pointwise(Step):
         return geo.pointwise_weight_grad(x, grad, w, self.groups)
 
     def plus(self, geo: Geometry, y: Tensor, x: Tensor, w: Any) -> Tensor:
-        return geo.accumulated(y, x, w, self.groups)
+        b, q = w.shape
+        if geo.kernel:
+            batch, size = y.shape[0] * self.groups, prod(y.shape[2:])
+            return given_up(plus_on_every(given_up(y, batch, b, size), w, x.reshape(batch, q, size)), *y.shape)
+        x = x if self.groups == 1 else x.reshape(-1, q)
+        # as a copy, its gradient is a product with few rows, not with few columns
+        copied = q < NARROW and x.shape[0] >= MANY and x.device.type == DEVICE
+        up = w.T.contiguous() if copied else w.T
+        return y.addmm_(x, up) if self.groups == 1 else given_up(given_up(y, -1, b).addmm_(x, up), *y.shape)
 
     def add_(self, geo: Geometry, y: Tensor, x: Tensor, w: Any) -> None:
         geo.accumulate_(y, x, w, self.groups)

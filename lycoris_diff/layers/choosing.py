@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable
 
 import torch
 from torch import Tensor
@@ -35,12 +34,6 @@ def scales_rows(adapter: Adapter) -> bool:
 def lengthens(adapter: Adapter) -> bool:
     """The same in training. Frozen factors keep to the operations of the path that prepares them, and so to its bits."""
     return scales_rows(adapter) and adapter.learns
-
-
-def setting(adapter: Adapter) -> tuple[float, Hashable, bool] | None:
-    """What decides how an adapter trains beside the shapes of its factors, its scale first; None where that is no number."""
-    scale = adapter.known_scale
-    return None if scale is None else (scale, adapter.program_key(), adapter.depends_on_weight and lengthens(adapter))
 
 
 def weighed(

@@ -14,7 +14,7 @@ from ..execution.engine import Call, Term, adapted
 from ..execution.lengths import ROOM, Lengths, lengthened
 from ..execution.narrow import narrowed
 from ..execution.program import Program
-from .choosing import lengthened_product, scales_rows, setting
+from .choosing import lengthened_product, lengthens, scales_rows
 from .frozen import Ready, frozen, prepared, settled
 from .light import Parts, changes_cheaply, has_little_weight, is_small, keeps_little, run_light
 from .parts import bias_change, plus, row_factor
@@ -40,13 +40,17 @@ class AdaptedLayer(SeparateLayer):
         if self.merged:
             names = tuple(n for n in names if n not in self.merged)
         compiling = torch.compiler.is_compiling()
-        names = names if compiling else self._at_work(names)
+        fusable = bool(names) and not compiling and self._fusable(x)
+        plan = self._plan(names, x) if fusable else None
+        if plan is None and not compiling:
+            everybody, names = names, self._at_work(names)
+            if fusable and names and names != everybody:
+                plan = self._plan(names, x)
+        if plan is not None:
+            return self._planned(plan, x)
         if not names:
             return self.base_layer(x, *args, **kwargs)
-        if not compiling and self._fusable(x):
-            plan = self._plan(names, x)
-            if plan is not None:
-                return self._planned(plan, x)
+        if fusable:
             apart = (self.training and any([masked(self.adapter(n)) for n in names])) or self._all_around(names, x)
             if not apart:
                 if not torch.is_autocast_enabled(x.device.type):
@@ -73,16 +77,18 @@ class AdaptedLayer(SeparateLayer):
             return None
         held: Any = self._modules["adapters"]._modules  # type: ignore[union-attr]
         key: list[Any] = [names, x.shape, x.dtype, self.training]
+        members: list[tuple[Adapter, float]] = []
         for name in names:
             adapter = held[name]
-            found = setting(adapter)
+            found = adapter.setting()
             if found is None or (self.training and varied(adapter)):
                 return None
-            key.append(found)
+            key += found, adapter.decomposed and lengthens(adapter)
+            members.append((adapter, found[0]))
         plan = self.plans.get(tuple(key), _UNKNOWN)
         if plan is not _UNKNOWN:
             return plan
-        return self.plans.keep(tuple(key), self._find([(held[name], found[0]) for name, found in zip(names, key[4:])], x))
+        return self.plans.keep(tuple(key), self._find(members, x))
 
     def _find(self, adapters: list[tuple[Adapter, float]], x: Tensor) -> Plan | None:
         inner, _ = self.geometry.enter(x)

@@ -64,7 +64,7 @@ def run_light(geometry: Geometry, weight: Tensor, bias: Tensor | None, x: Tensor
         parts: adapters with what they run.
     """
     inner, lead = geometry.enter(x)
-    weight = geometry.canonical(weight)
+    weight = geometry.canonical(weight) if geometry.transposed else weight
     for _, program, _ in parts:
         if program is None:
             weight = changed_weight(weight, [(a, a.inputs()) for a, beside, _ in parts if beside is None], x.dtype)
