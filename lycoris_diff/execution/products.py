@@ -20,6 +20,10 @@ UNEVEN = range(2 * NARROW, 10 * NARROW + 1)
 #: fewest rows of each
 ROWS = 256
 
+#: ``given_up(t, shape)``: a contiguous tensor in another shape, to be written to; ``t`` itself must not be used again. To
+#: autograd it is no view, so that writing to it costs no copy of its gradient
+given_up = torch.ops.aten._unsafe_view.default
+
 
 def is_measured(x: Tensor) -> bool:
     """Whether what is said here of the time of products was measured for such a tensor."""
@@ -75,14 +79,6 @@ def plus_on_every(total: Tensor, matrix: Tensor, batch: Tensor) -> Tensor:
     if copies_are_smaller(p, d, batch.shape[2]):
         return total.add_(on_every(matrix, batch))
     return total.baddbmm_(matrix.expand(batch.shape[0], p, d), batch)
-
-
-def given_up(t: Tensor, *shape: int) -> Tensor:
-    """A contiguous tensor in another shape, to be written to; ``t`` itself must not be used again.
-
-    To autograd it is no view, so that writing to it costs no copy of its gradient.
-    """
-    return torch.ops.aten._unsafe_view.default(t, shape)
 
 
 def copies_are_smaller(p: int, d: int, n: int) -> bool:

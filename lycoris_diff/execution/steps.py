@@ -72,12 +72,12 @@ class Pointwise(Step):
         b, q = w.shape
         if geo.kernel:
             batch, size = y.shape[0] * self.groups, prod(y.shape[2:])
-            return given_up(plus_on_every(given_up(y, batch, b, size), w, x.reshape(batch, q, size)), *y.shape)
+            return given_up(plus_on_every(given_up(y, (batch, b, size)), w, x.reshape(batch, q, size)), y.shape)
         x = x if self.groups == 1 else x.reshape(-1, q)
         # as a copy, its gradient is a product with few rows, not with few columns
         copied = q < NARROW and x.shape[0] >= MANY and x.device.type == DEVICE
         up = w.T.contiguous() if copied else w.T
-        return y.addmm_(x, up) if self.groups == 1 else given_up(given_up(y, -1, b).addmm_(x, up), *y.shape)
+        return y.addmm_(x, up) if self.groups == 1 else given_up(given_up(y, (-1, b)).addmm_(x, up), y.shape)
 
     def add_(self, geo: Geometry, y: Tensor, x: Tensor, w: Any) -> None:
         geo.accumulate_(y, x, w, self.groups)
@@ -125,7 +125,7 @@ class Mix(Step):
 
     def plus(self, geo: Geometry, y: Tensor, x: Tensor, w: Any) -> Tensor:
         a, c, batch, size = _slices(x, w)
-        return given_up(plus_on_every(given_up(y, batch, a, size), w, x.reshape(batch, c, size)), *y.shape)
+        return given_up(plus_on_every(given_up(y, (batch, a, size)), w, x.reshape(batch, c, size)), y.shape)
 
     def add_(self, geo: Geometry, y: Tensor, x: Tensor, w: Any) -> None:
         a, c, batch, size = _slices(x, w)
