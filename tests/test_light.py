@@ -118,6 +118,19 @@ class TestWhen:
         model.eval()(torch.randn(4, 64))
         assert ran["light"] == 1
 
+    def test_an_idle_neighbour(self, ran):
+        """It is left out, and the other one runs as if it were alone."""
+        model = layer_with()
+        alone = model(torch.randn(4, 64, generator=torch.Generator().manual_seed(1)))
+        inject_adapter(model, LoraConfig(r=2, target_modules=["layer"]), "idle")
+        model.layer.active = ("default", "idle")
+        idle = model.layer.adapter("idle").requires_grad_(False)
+        idle.set_strength(0.0)
+        again = model(torch.randn(4, 64, generator=torch.Generator().manual_seed(1)))
+        assert ran == {"light": 2, "fused": 0} and torch.equal(alone, again)
+        plan = next(p for p in model.layer.plans.values() if p is not None)
+        assert [adapter for adapter, *_ in plan.parts] == [model.layer.adapter("default")]
+
     def test_what_depends_on_the_weight(self, ran):
         """DoRA changes a little weight as long as its gradient is little work as well."""
         model = layer_with(LoraConfig(r=4, target_modules=["layer"], use_dora=True), width=160)

@@ -59,7 +59,8 @@ class Adapter(FactorStore):
         scaling: trained strength (alpha / r), a constant.
         strength: 0-d tensor, multiplies the trained strength; 1 is as trained, 0 is the base model.
         decomposed: DoRA is on.
-        depends_on_weight: the change must be taken against the unmodified base weight.
+        depends_on_weight: the change must be taken against the unmodified base weight; a subclass that knows better sets it
+            after its ``super().__init__``.
     """
 
     config_class: ClassVar[type[AdapterConfig]]
@@ -82,10 +83,15 @@ class Adapter(FactorStore):
     #: what `row_statistics` keeps for backward is a few vectors
     small_row_statistics: ClassVar[bool] = False
 
-    #: one adapter, not a sum of several
+    #: one adapter, not a sum of several, which is what has `members` of its own
     single: ClassVar[bool] = True
 
     strength: Tensor
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "members" in vars(cls):
+            cls.single = False
 
     def __init__(self, geometry: Geometry, config: AdapterConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
         super().__init__(shapes)
@@ -258,7 +264,7 @@ class Adapter(FactorStore):
 
     @property
     def idle(self) -> bool:
-        """Whether there is nothing to add: at zero strength it is not run at all."""
+        """Whether there is nothing to add: at zero strength it is not run at all. `setting` is None then."""
         return self._strength == 0.0
 
     def switch(self, on: bool) -> None:
@@ -281,10 +287,12 @@ class Adapter(FactorStore):
     def setting(self) -> tuple[float, Hashable] | None:
         """What it trains with beside its factors: the factor on the delta as a number, and what its program depends on.
 
-        None where that is no number, since the strength learns or it is a sum of several, and at zero strength.
+        None where that is no number, since the strength learns or it is a sum of several; and where it is `idle`, since layers
+        ask for this before they leave such adapters out.
         """
+        buffers: Any = self._buffers
         strength = self._strength
-        if strength == 0.0 or not self.single or self._buffers["strength"].requires_grad:  # type: ignore[union-attr]
+        if strength == 0.0 or not self.single or buffers["strength"].requires_grad:
             return None
         return float(self.scaling) if self.depends_on_weight else strength * self.scaling, self.program_key()
 

@@ -42,7 +42,6 @@ class Combined(Adapter):
     """
 
     config_class = CombinedConfig
-    single = False
 
     @classmethod
     def of(cls, config: CombinedConfig, parts: dict[int, Adapter]) -> Combined:

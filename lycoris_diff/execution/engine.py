@@ -112,7 +112,7 @@ class Call:
         folds = way != "" and getattr(self.folded, way)
         if not (self.is_dense or folds):
             return base.to(self.dtype)
-        changes = pairs
+        changes = pairs  # a single one is dense, or folded this way
         if len(pairs) > 1:
             changes = [(t, f) for t, f in pairs if t.program is None or (folds and getattr(t.folded, way))]
         return changed_weight(base, changes, self.dtype)
@@ -147,7 +147,7 @@ class Call:
 
 
 def cast(f: Factors, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Floating factors in another dtype; indices and numbers stay as they are. ``f`` itself where all have it."""
+    """Floating factors in another dtype; all others as they are. ``f`` itself where all have it: do not write to it."""
     for v in f.values():
         if type(v) is not float and v.dtype is not dtype and v.is_floating_point():
             return {k: v.to(dtype) if type(v) is not float and v.is_floating_point() else v for k, v in f.items()}

@@ -45,7 +45,7 @@ class Program:
 
     def plus(self, geo: Geometry, y: Tensor, x: Tensor, f: Factors) -> Tensor:
         """``y`` and the adapter's output, in plain differentiable operations, in the memory of ``y``, to be given up."""
-        # small layers run this in every call: no functions on the way that only look something up
+        # as `run`, but small layers come here in every call: no functions on the way that only look something up
         first, mid, last = self.first, self.mid, self.last
         h = x if first is None else first.apply(geo, x, None if first.weight is None else first.weight(f))
         if isinstance(mid, Step):
@@ -195,7 +195,7 @@ def trains(step: Step | None, wanted: Set[str]) -> bool:
 
 
 def learned(step: Any, geo: Geometry, x: Tensor, w: Any, f: Factors, wanted: Set[str], grad: Tensor) -> dict[str, Tensor]:
-    """Those gradients by the factors' names; nothing if none is wanted. ``w`` is the step's weight."""
+    """Gradients of the factors behind a direct step's weight ``w``, by their names; nothing if none is wanted."""
     if not isinstance(step.weight, Formula) or wanted.isdisjoint(step.weight.names):
         return {}
     return step.weight.pull(f, step.weight_grad(geo, x, w, grad), wanted)

@@ -85,10 +85,9 @@ class AdaptedLayer(SeparateLayer):
                 return None
             key += found, adapter.decomposed and lengthens(adapter)
             members.append((adapter, found[0]))
-        plan = self.plans.get(tuple(key), _UNKNOWN)
-        if plan is not _UNKNOWN:
-            return plan
-        return self.plans.keep(tuple(key), self._find(members, x))
+        kind = tuple(key)
+        plan = self.plans.get(kind, _UNKNOWN)
+        return self.plans.keep(kind, self._find(members, x)) if plan is _UNKNOWN else plan
 
     def _find(self, adapters: list[tuple[Adapter, float]], x: Tensor) -> Plan | None:
         inner, _ = self.geometry.enter(x)
@@ -194,4 +193,5 @@ class AdaptedLayer(SeparateLayer):
 
 
 _TENSORS = (Tensor, nn.Parameter)
+#: None stands for a plan that was looked for in vain
 _UNKNOWN: Any = object()

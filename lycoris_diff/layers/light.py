@@ -67,7 +67,7 @@ def run_light(geometry: Geometry, weight: Tensor, bias: Tensor | None, x: Tensor
     weight = geometry.canonical(weight) if geometry.transposed else weight
     for _, program, _ in parts:
         if program is None:
-            weight = changed_weight(weight, [(a, a.inputs()) for a, beside, _ in parts if beside is None], x.dtype)
+            weight = changed_weight(weight, [(a, a.inputs()) for a, none, _ in parts if none is None], x.dtype)
             break
     y = geometry.apply(inner, weight, bias)
     for adapter, program, scale in parts:

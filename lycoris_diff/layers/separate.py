@@ -247,6 +247,7 @@ _PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _SHARED = vars(torch.nn.modules.module)
 #: fields of configs that hold a dropout's probability, by what is dropped
 _OF_INPUT, _OF_OUTPUT, _OF_MODULE = ("lora_dropout", "miss_dropout"), "rank_dropout", "module_dropout"
+_DROPOUTS = (*_OF_INPUT, _OF_OUTPUT, _OF_MODULE)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -277,8 +278,7 @@ def _output_dropout(adapter: Adapter) -> float:
 
 def varied(adapter: Adapter) -> bool:
     """Whether chance decides, in training, what the adapter adds."""
-    get = vars(adapter.config).get
-    return bool(get(_OF_INPUT[0]) or get(_OF_INPUT[1]) or get(_OF_OUTPUT) or get(_OF_MODULE))
+    return any(map(vars(adapter.config).get, _DROPOUTS))
 
 
 def masked(adapter: Adapter) -> bool:
