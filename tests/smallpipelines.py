@@ -55,7 +55,7 @@ def _tokenizer() -> Any:
     return tokenizer()
 
 
-def _unet(**fields: Any) -> nn.Module:
+def small_unet(**fields: Any) -> nn.Module:
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
@@ -78,7 +78,7 @@ def sd15() -> Any:
         vae=_vae(),
         text_encoder=_clip(),
         tokenizer=_tokenizer(),
-        unet=_unet(),
+        unet=small_unet(),
         scheduler=DDIMScheduler(num_train_timesteps=1000, steps_offset=1, clip_sample=False),
         safety_checker=None,
         feature_extractor=None,
@@ -89,7 +89,7 @@ def sd15() -> Any:
 def sdxl() -> Any:
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
-    unet = _unet(
+    unet = small_unet(
         block_out_channels=(8, 16, 16),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),

@@ -42,20 +42,26 @@ class Host(NamedTuple):
         bias: that bias, ``(out,)``, or None.
         dtype: of the input.
         row_squares: squared norm of every row of the weight, ``(out,)`` in float32; None where nothing has asked for it.
+        bare: the weight alone on a canonical input; None where that is only known as `run` less the bias.
     """
 
     run: Map
     bias: Tensor | None
     dtype: torch.dtype
     row_squares: Tensor | None = None
-
-    def without_bias(self, y: Tensor) -> Tensor:
-        """An output of `run` less the bias."""
-        return y if self.bias is None else y - channel_view(self.bias, y)
+    bare: Map | None = None
 
     def plain(self, x: Tensor) -> Tensor:
         """The weight alone on a canonical input."""
-        return self.without_bias(self.run(x))
+        return self.outputs(x)[1] if self.bare is None else self.bare(x)
+
+    def outputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """With the bias, and without."""
+        y = (self.run if self.bare is None else self.bare)(x)
+        if self.bias is None:
+            return y, y
+        bias = channel_view(self.bias, y)
+        return (y, y - bias) if self.bare is None else (y + bias, y)
 
 
 def channels(x: Tensor, matrices: tuple[Tensor, ...]) -> Tensor:
@@ -92,10 +98,11 @@ def run_around(members: Sequence[Around], x: Tensor, host: Host) -> Tensor:
         return host.run(members[0].moved(x))
     befores, afters, besides, _ = ([maps for maps in kind if maps is not None] for kind in zip(*members))
     moved = [before(x) for before in befores]
-    y = host.run(x if afters else sum(moved, x))
     if afters:
-        plain = host.without_bias(y)
+        y, plain = host.outputs(x)
         y = sum([after(plain) for after in afters], y)
         if moved:
             y = y + host.plain(sum(moved[1:], moved[0]))
+    else:
+        y = host.run(sum(moved, x))
     return sum([beside(x).to(y.dtype) for beside in besides], y)

@@ -76,14 +76,15 @@ def _summed(grad: Tensor, unscaled: Tensor, also: Callable[[Tensor, int], object
 
 
 def row_squares(weight: Tensor) -> Tensor:
-    """Squared norm of every row in float32 or better, ``(out,)``; remembered for as long as the weight does not change."""
+    """Squared norm of every row in float32 or better, ``(out,)``; remembered while a frozen weight does not change."""
 
     def compute() -> Tensor:
         work = weight.to(torch.promote_types(weight.dtype, torch.float32))
         return torch.linalg.vector_norm(work.flatten(1), dim=1).square()
 
-    transient = torch.is_inference_mode_enabled() or weight.is_inference() or torch._C._are_functorch_transforms_active()
-    if transient or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or weight.requires_grad or torch._C._are_functorch_transforms_active():
+        return compute()
+    if torch.is_inference_mode_enabled() or weight.is_inference():
         return compute()
     storage, key = weight.untyped_storage(), mark(weight)
     found = _ROW_SQUARES.get(storage)

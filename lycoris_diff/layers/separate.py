@@ -18,6 +18,7 @@ from ..execution.geometry import is_transformers_conv1d
 from ..execution.narrow import narrowed
 from ..execution.packed import describe, rearranged
 from ..execution.program import Program
+from ..execution.rows import row_squares
 from ..execution.steps import Step
 from .choosing import may_fold, weighed
 from .mergeable import MergeableLayer
@@ -44,6 +45,20 @@ class Running(NamedTuple):
 
 
 Active = list[Running]
+
+
+class Apart(NamedTuple):
+    """An active adapter in plain operations, that changes the weight: beside the layer, around it, or the weight itself.
+
+    Attributes:
+        program: what it runs beside the layer.
+        around: it multiplies what goes into the layer or comes out of it.
+    """
+
+    adapter: Adapter
+    f: dict[str, Tensor]
+    program: Program | None
+    around: bool
 
 
 class SeparateLayer(MergeableLayer):
@@ -87,23 +102,24 @@ class SeparateLayer(MergeableLayer):
         inner, lead = geo.enter(x.to(dtype))
         active, shift = self._apart(names, inner)
         plain = self.has_plain_weight
-        dense = [(a, f) for a, f, p in active if p is None and not (self.training and masked(a))]
-        around = [(a, f) for a, f in dense if a.depends_on_weight and (not plain or self._around(a, inner))]
-        if around:
-            host = self._packed_host(dtype, *args, **kwargs)
-            y = geo.leave(run_around([self._form(a, f, host) for a, f in around], inner, host).contiguous(), lead)
-            active = [(a, f, p) for a, f, p in active if all(a is not d for d, _ in around)]
-        elif dense and self._transparent() and plain:
+        bypassed = plain and self._transparent()
+        dense = [one for one in active if one.program is None and not (self.training and masked(one.adapter))]
+        together = [one for one in dense if one.around]
+        if together and (not plain or (bypassed and len(together) == len(dense))):
+            host = self._host_around(dtype, together, *args, **kwargs)
+            y = geo.leave(run_around([self._form(*one[:2], host) for one in together], inner, host).contiguous(), lead)
+        elif dense and bypassed:
+            together = dense
             base: Any = self.base_layer
-            weight, bias = geo.canonical(base.weight), base.bias
-            bias, shift = plus(bias, shift), None
-            y = geo.apply(inner, changed_weight(weight, dense, dtype), None if bias is None else bias.to(dtype))
-            y = geo.leave(y, lead)
-            active = [(a, f, p) for a, f, p in active if all(a is not d for d, _ in dense)]
+            bias, shift = plus(base.bias, shift), None
+            weight = changed_weight(geo.canonical(base.weight), [one[:2] for one in dense], dtype)
+            y = geo.leave(geo.apply(inner, weight, None if bias is None else bias.to(dtype)), lead)
         else:
+            together = []
             y = self._host(x, *args, **kwargs)
-        for adapter, f, program in active:
-            y = y + geo.leave(self._beside(adapter, f, program, inner), lead).to(y.dtype)
+        for one in active:
+            if all([one is not done for done in together]):
+                y = y + geo.leave(self._beside(one, inner), lead).to(y.dtype)
         return y if shift is None else y + shift.to(y.dtype).view(-1, *[1] * len(geo.kernel))
 
     def _host(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -124,18 +140,24 @@ class SeparateLayer(MergeableLayer):
             )
         return y
 
-    def _packed_host(self, dtype: torch.dtype, *args: Any, **kwargs: Any) -> Host:
-        """What changes that multiply the packed weight run around.
+    def _host_around(self, dtype: torch.dtype, members: Sequence[Apart], *args: Any, **kwargs: Any) -> Host:
+        """What changes that multiply the weight run around; a plain weight is used directly.
 
         Raises:
             AdapterError: the unmodified weight, against which they are taken, is not there.
         """
+        geo = self.geometry
+        bias: Any = self.base_layer._parameters.get("bias")
+        if self.has_plain_weight:
+            weight = self.base_weight()
+            squares = row_squares(weight) if any([one.adapter.decomposed for one in members]) else None
+            used, shift = weight.to(dtype), None if bias is None else bias.to(dtype)
+            return Host(lambda x: geo.apply(x, used, shift), shift, dtype, squares, lambda x: geo.apply(x, used, None))
         if self.merged:
             raise AdapterError(
                 f"{self.path!r} ({describe(self.base_layer)}) has {list(self.merged)} merged into it; adapters that multiply "
                 "its weight cannot run beside that. Merge them all, or unmerge (unfuse) first"
             )
-        bias = self.base_layer._parameters.get("bias")
         squares = None if self.row_squares is None else self.row_squares.to(self.base_layer.weight.device)  # type: ignore[arg-type]
         return Host(lambda x: self._host(x, *args, **kwargs), bias, dtype, squares)
 
@@ -168,34 +190,39 @@ class SeparateLayer(MergeableLayer):
         inner, lead = geo.enter(x.to(compute_dtype(x)))
         active, shift = self._apart(names, inner)
         total: Tensor | None = None
-        for adapter, f, program in active:
-            total = plus(total, geo.leave(self._beside(adapter, f, program, inner), lead))
+        for one in active:
+            total = plus(total, geo.leave(self._beside(one, inner), lead))
         if shift is not None:
             total = plus(total, shift.view(-1, *[1] * len(geo.kernel)))
         assert total is not None  # an adapter changes the weight or the bias
         return total
 
-    def _apart(self, names: Sequence[str], x: Tensor) -> tuple[list[tuple[Adapter, dict[str, Tensor], Program | None]], Any]:
+    def _apart(self, names: Sequence[str], x: Tensor) -> tuple[list[Apart], Tensor | None]:
         """Active adapters for plain operations, those that change the weight; and the change of the bias, if there is one."""
-        running = self._prepare(names, x)
+        running, plain = self._prepare(names, x), self.has_plain_weight
         shift = None
         if self.biased:
             shift = bias_change([member[:2] for member in running])
             running = [member for member in running if member.adapter.changes_weight]
         active = []
         for adapter, f, program, *_ in running:
-            factored = program is not None and not (program.eager_only or adapter.depends_on_weight)
-            active.append((adapter, f, program if factored else None))
+            if not adapter.depends_on_weight:
+                active.append(Apart(adapter, f, None if program is None or program.eager_only else program, False))
+                continue
+            # DoRA's factored form is a factor on the output's channels, and a product beside the layer
+            lengthened = program is not None and adapter.decomposed and not adapter.packed_gap()
+            active.append(Apart(adapter, f, None, not plain or lengthened or self._around(adapter, x)))
         return active, shift
 
-    def _beside(self, adapter: Adapter, f: dict[str, Tensor], program: Program | None, x: Tensor) -> Tensor:
+    def _beside(self, one: Apart, x: Tensor) -> Tensor:
         """One adapter's own output, with its dropouts in training."""
+        adapter, f, program, around = one
         if self.training and _input_dropout(adapter):
             x = F.dropout(x, _input_dropout(adapter))
         if program is not None:
             out = program.run(self.geometry, x, cast(f, x.dtype))
-        elif adapter.depends_on_weight and not self.has_plain_weight:
-            host = self._packed_host(x.dtype)
+        elif around:
+            host = self._host_around(x.dtype, [one])
             out = apply_around(self._form(adapter, f, host), x, host)
         else:
             out = self.geometry.apply(x, self._change(adapter, f).to(x.dtype))

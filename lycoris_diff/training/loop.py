@@ -177,12 +177,21 @@ class Loop:
             reason = f"step {self.step + 1}: the gradient is {norm}, of {where}"
         else:
             bad = next((batch for batch, part in passes if not _is_finite(part.item())), passes[-1][0])
-            module = first_nonfinite_module(self.adapted, lambda: self.loss(bad))
+            module = self._origin(lambda: self.loss(bad))
             where = f"; it begins in {module}" if module else ""
             reason = f"step {self.step + 1}: the training loss is {loss}{where}"
         if self.config.on_nonfinite == "stop":
             raise AdapterError(f"{reason}. {_ADVICE}")
         return reason
+
+    def _origin(self, forward: Callable[[], Any]) -> str | None:
+        """The module in which values stop being finite in a forward pass, run as it is: inside compiled graphs nobody looks."""
+        models = self.models
+        self.models = {name: model._modules.get("_orig_mod") or model for name, model in models.items()}
+        try:
+            return first_nonfinite_module(self.models, forward)
+        finally:
+            self.models = models
 
     def _on_any_process(self, wish: bool) -> bool:
         """Whether one of the processes wishes it: they have to stop after the same step."""
@@ -222,7 +231,7 @@ class Loop:
         with self.saved_weights():
             total = sum(self.sample_losses(batch.to(self.accelerator.device)).sum().item() for batch in batches)
         if not _is_finite(total):
-            module = first_nonfinite_module(self.models, lambda: self.sample_losses(batches[0].to(self.accelerator.device)))
+            module = self._origin(lambda: self.sample_losses(batches[0].to(self.accelerator.device)))
             raise AdapterError(f"the held-out loss is {total}{f'; it begins in {module}' if module else ''}. {_ADVICE}")
         return total / config.held_out_samples
 
