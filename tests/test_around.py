@@ -7,7 +7,6 @@ import pytest
 import torch
 from cases import adapt, make_input, make_layer
 from more_adapters import filled
-from torch import nn
 
 from lycoris_diff import AdapterError, BOFTConfig, DiagOFTConfig, GLoraConfig, IA3Config, OFTConfig
 from lycoris_diff.execution.costs import around_is_cheaper

@@ -19,6 +19,7 @@ from ..execution.engine import cast
 from ..execution.geometry import Geometry, geometry_of
 from ..execution.narrow import times_narrow
 from ..execution.program import Program
+from ..execution.rows import channel_view, scale_rows
 from ..execution.weights import Factors
 from ..functional import dora
 from .config import AdapterConfig
@@ -166,10 +167,14 @@ class Adapter(FactorStore):
         # W down^T by the layer's own operation, on k more tokens
         mixed = host.plain(down.to(host.dtype)).to(up.dtype)
         square = host.row_squares + ((2 * mixed.T + up @ (down @ down.T)) * up).sum(1)
-        row, strength = dora.row_factors(f[self.magnitude_name], square), f["strength"]
+        return self.lengthened(dora.row_factors(f[self.magnitude_name], square), program, f)
+
+    def lengthened(self, row: Tensor, program: Program, f: Factors) -> Around:
+        """DoRA's change at its strength, from its factors of the rows ``(out,)`` and the delta's factored form."""
+        strength = f["strength"]
         return Around(
-            after=lambda y: y * ((row - 1) * strength).to(y.dtype),
-            beside=lambda x: program.run(self.geometry, x, cast(f, x.dtype)) * (row * strength).to(x.dtype),
+            after=lambda y: y * channel_view((row - 1) * strength, y),
+            beside=lambda x: scale_rows(program.run(self.geometry, x, cast(f, x.dtype)), row * strength, None),
         )
 
     def add_delta(self, total: Tensor, f: Factors) -> Tensor:

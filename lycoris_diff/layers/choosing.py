@@ -27,8 +27,12 @@ def may_fold(x: Tensor) -> bool:
 
 def scales_rows(adapter: Adapter) -> bool:
     """Whether DoRA comes to a factor on every output row: on the output axis, at full strength."""
-    full = adapter.decomposed and adapter.get_strength() == 1.0
-    return full and adapter.config.dora_axis == "out"  # type: ignore[attr-defined]
+    return on_rows(adapter) and adapter.get_strength() == 1.0
+
+
+def on_rows(adapter: Adapter) -> bool:
+    """Whether it is DoRA on the output axis."""
+    return adapter.decomposed and adapter.config.dora_axis == "out"  # type: ignore[attr-defined]
 
 
 def lengthens(adapter: Adapter) -> bool:

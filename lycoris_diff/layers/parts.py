@@ -28,11 +28,11 @@ def plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 def row_factor(adapter: Adapter, weight: Tensor, f: dict[str, Tensor]) -> Tensor:
     """``magnitude / ||W + dW||`` for every output row, ``(out,)``; nothing of the weight's size is kept for backward."""
-    names = tuple(f)
+    names, wide = tuple(f), torch.promote_types(weight.dtype, torch.float32)
 
     def compute(base: Tensor, *tensors: Tensor) -> Tensor:
         factors = dict(zip(names, tensors))
-        work = base.to(torch.promote_types(base.dtype, torch.float32))
+        work = base.to(wide)
         statistics = adapter.row_statistics(work, factors)
         if statistics is None:
             square = adapter.add_delta(work, factors).flatten(1).square().sum(1)
@@ -41,6 +41,6 @@ def row_factor(adapter: Adapter, weight: Tensor, f: dict[str, Tensor]) -> Tensor
             square = row_squares(base) + 2 * inner + delta_square
         return dora.row_factors(factors[adapter.magnitude_name], square)
 
-    if adapter.small_row_statistics:
-        return compute(weight.detach(), *f.values())
-    return recompute(compute, weight.detach(), *f.values())
+    if adapter.small_row_statistics and weight.dtype is wide:
+        return compute(weight, *f.values())
+    return recompute(compute, weight, *f.values())

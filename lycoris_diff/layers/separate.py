@@ -18,11 +18,10 @@ from ..execution.geometry import is_transformers_conv1d
 from ..execution.narrow import narrowed
 from ..execution.packed import describe, rearranged
 from ..execution.program import Program
-from ..execution.rows import row_squares
 from ..execution.steps import Step
-from .choosing import may_fold, weighed
+from .choosing import may_fold, on_rows, weighed
 from .mergeable import MergeableLayer
-from .parts import bias_change, plus
+from .parts import bias_change, plus, row_factor
 from .samples import Samples
 
 
@@ -48,11 +47,11 @@ Active = list[Running]
 
 
 class Apart(NamedTuple):
-    """An active adapter in plain operations, that changes the weight: beside the layer, around it, or the weight itself.
+    """An active adapter in plain operations: beside the layer, around it, or in its weight.
 
     Attributes:
-        program: what it runs beside the layer.
-        around: it multiplies what goes into the layer or comes out of it.
+        program: factored form of its delta, where that is run.
+        around: the layer's input or output is multiplied.
     """
 
     adapter: Adapter
@@ -103,11 +102,11 @@ class SeparateLayer(MergeableLayer):
         active, shift = self._apart(names, inner)
         plain = self.has_plain_weight
         bypassed = plain and self._transparent()
-        dense = [one for one in active if one.program is None and not (self.training and masked(one.adapter))]
+        dense = [one for one in active if (one.around or one.program is None) and not (self.training and masked(one.adapter))]
         together = [one for one in dense if one.around]
         if together and (not plain or (bypassed and len(together) == len(dense))):
-            host = self._host_around(dtype, together, *args, **kwargs)
-            y = geo.leave(run_around([self._form(*one[:2], host) for one in together], inner, host).contiguous(), lead)
+            host = self._host_around(dtype, *args, **kwargs)
+            y = geo.leave(run_around([self._form(one, host) for one in together], inner, host).contiguous(), lead)
         elif dense and bypassed:
             together = dense
             base: Any = self.base_layer
@@ -140,7 +139,7 @@ class SeparateLayer(MergeableLayer):
             )
         return y
 
-    def _host_around(self, dtype: torch.dtype, members: Sequence[Apart], *args: Any, **kwargs: Any) -> Host:
+    def _host_around(self, dtype: torch.dtype, *args: Any, **kwargs: Any) -> Host:
         """What changes that multiply the weight run around; a plain weight is used directly.
 
         Raises:
@@ -149,10 +148,8 @@ class SeparateLayer(MergeableLayer):
         geo = self.geometry
         bias: Any = self.base_layer._parameters.get("bias")
         if self.has_plain_weight:
-            weight = self.base_weight()
-            squares = row_squares(weight) if any([one.adapter.decomposed for one in members]) else None
-            used, shift = weight.to(dtype), None if bias is None else bias.to(dtype)
-            return Host(lambda x: geo.apply(x, used, shift), shift, dtype, squares, lambda x: geo.apply(x, used, None))
+            weight, bias = self.base_weight().to(dtype), None if bias is None else bias.to(dtype)
+            return Host(lambda x: geo.apply(x, weight, bias), bias, dtype, bare=lambda x: geo.apply(x, weight, None))
         if self.merged:
             raise AdapterError(
                 f"{self.path!r} ({describe(self.base_layer)}) has {list(self.merged)} merged into it; adapters that multiply "
@@ -161,7 +158,10 @@ class SeparateLayer(MergeableLayer):
         squares = None if self.row_squares is None else self.row_squares.to(self.base_layer.weight.device)  # type: ignore[arg-type]
         return Host(lambda x: self._host(x, *args, **kwargs), bias, dtype, squares)
 
-    def _form(self, adapter: Adapter, f: dict[str, Tensor], host: Host) -> Around:
+    def _form(self, one: Apart, host: Host) -> Around:
+        adapter, f, program, _ = one
+        if program is not None:
+            return adapter.lengthened(row_factor(adapter, self.base_weight(), f), program, f)
         form = adapter.packed_form(f, host)
         if form is None:  # refused when attached; the weight was packed afterwards
             raise AdapterError(f"{self.path!r} ({describe(self.base_layer)}): {adapter.packed_gap() or 'quantize it first'}")
@@ -206,12 +206,12 @@ class SeparateLayer(MergeableLayer):
             running = [member for member in running if member.adapter.changes_weight]
         active = []
         for adapter, f, program, *_ in running:
-            if not adapter.depends_on_weight:
-                active.append(Apart(adapter, f, None if program is None or program.eager_only else program, False))
-                continue
-            # DoRA's factored form is a factor on the output's channels, and a product beside the layer
-            lengthened = program is not None and adapter.decomposed and not adapter.packed_gap()
-            active.append(Apart(adapter, f, None, not plain or lengthened or self._around(adapter, x)))
+            program = None if program is None or program.eager_only else program
+            around = False
+            if adapter.depends_on_weight:
+                program = program if plain and on_rows(adapter) else None
+                around = not plain or program is not None or self._around(adapter, x)
+            active.append(Apart(adapter, f, program, around))
         return active, shift
 
     def _beside(self, one: Apart, x: Tensor) -> Tensor:
@@ -219,11 +219,11 @@ class SeparateLayer(MergeableLayer):
         adapter, f, program, around = one
         if self.training and _input_dropout(adapter):
             x = F.dropout(x, _input_dropout(adapter))
-        if program is not None:
+        if around:
+            host = self._host_around(x.dtype)
+            out = apply_around(self._form(one, host), x, host)
+        elif program is not None:
             out = program.run(self.geometry, x, cast(f, x.dtype))
-        elif around:
-            host = self._host_around(x.dtype, [one])
-            out = apply_around(self._form(adapter, f, host), x, host)
         else:
             out = self.geometry.apply(x, self._change(adapter, f).to(x.dtype))
         return self._row_mask(adapter, out) if self.training and _output_dropout(adapter) else out
