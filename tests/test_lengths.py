@@ -15,10 +15,10 @@ from test_around import results
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lycoris_diff import LoraConfig
+from lycoris_diff import LoHaConfig, LoraConfig, OFTConfig
 from lycoris_diff.execution import lengths
 from lycoris_diff.execution.costs import NOWHERE, Folded, rides
-from lycoris_diff.layers import choosing
+from lycoris_diff.layers import choosing, parts, separate
 from lycoris_diff.layers import layer as layers
 
 #: whether narrow products ride along, and what runs through the changed weight
@@ -330,3 +330,115 @@ def test_lengths_of_a_half_precision_weight(sign, way, monkeypatch):
     expected = adapter.get_tensor("lora_magnitude_vector").double() / (weight + up @ down).norm(dim=1)
     torch.testing.assert_close(row, expected, rtol=1e-3 if sign == -0.97 else 1e-5, atol=0)
     assert all(p.grad.isfinite().all() for p in adapter.parameters())
+
+
+# --- in plain operations -------------------------------------------------------------------------------------------------
+@pytest.fixture
+def apart(monkeypatch):
+    """As compiled code, function transforms and dropout run it; the list grows by how many ran around a layer together."""
+    take(monkeypatch, "reading")
+    run, calls = separate.run_around, []
+    monkeypatch.setattr(layers.AdaptedLayer, "_fusable", lambda *args: False)
+    monkeypatch.setattr(separate, "run_around", lambda members, *args: calls.append(len(members)) or run(members, *args))
+    return calls
+
+
+@pytest.mark.parametrize("algorithm", ["lora-dora", "loha-dora"])
+@pytest.mark.parametrize("host", HOSTS)
+def test_same_function_apart(host, algorithm, apart):
+    model, adapted = dora(make_layer(host), algorithm)
+    compare(model, adapted, make_input(adapted.base_layer), rtol=1e-10, atol=1e-10)
+    assert apart == [1]
+
+
+@pytest.mark.parametrize("strength", [0.4, 0.0, -1.0])
+def test_strengths_apart(strength, apart):
+    model, adapted = dora(make_layer("linear"))
+    x = make_input(adapted.base_layer).requires_grad_()
+    model.set_scale("a", strength)
+    adapted.adapter("a").strength.requires_grad_()  # so that it runs at zero as well
+    found = model(x)
+    assert apart == [1]
+    if strength == 0:
+        assert torch.equal(found, adapted.base_layer(x))
+    model.merge_adapter()
+    torch.testing.assert_close(found, model(x), rtol=1e-10, atol=1e-10)
+
+
+OTHERS = {
+    "trained weight": (None, [1]),
+    "dora": (lambda: LoraConfig(r=3, use_dora=True, target_modules=["layer"]), [2]),
+    "columns": (lambda: LoHaConfig(r=2, weight_decompose=True, dora_axis="in", target_modules=["layer"]), []),
+    "oft": (lambda: OFTConfig(oft_block_size=4, target_modules=["layer"]), [2]),
+    "lora": (lambda: LoraConfig(r=3, target_modules=["layer"]), [1]),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_with_others_apart(other, apart, monkeypatch):
+    """Everything equals what the changed weight gives, the gradient of a weight that trains as well."""
+    config, ran = OTHERS[other]
+    model, adapted = dora(make_layer("linear"))
+    if config is None:
+        adapted.base_layer.weight.requires_grad_()
+    else:
+        model.add_adapter("b", config())
+        model.set_adapter(["a", "b"])
+    filled(model, 0.3)
+    x = make_input(adapted.base_layer)
+    monkeypatch.setattr(separate, "around_is_cheaper", lambda *args: True)
+    found = results(model, x)
+    assert apart == ran
+    monkeypatch.setattr(separate, "around_is_cheaper", lambda *args: False)
+    monkeypatch.setattr(separate, "on_rows", lambda adapter: False)
+    torch.testing.assert_close(found, results(model, x), rtol=1e-10, atol=1e-10)
+    assert apart == ran and (config is not None or "layer.base_layer.weight" in {n.split("model.")[-1] for n in found[2]})
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_dropout_apart(hooked, monkeypatch):
+    """The dropped input meets the weight and the factors; nothing of the weight's size is kept."""
+    take(monkeypatch, "reading")
+    model, adapted = dora(nn.Linear(96, 128).requires_grad_(False), lora_dropout=0.0 if hooked else 0.5)
+    model.train()
+    seen = []
+    if hooked:
+        adapted.base_layer.register_forward_hook(lambda *args: seen.append(args))
+    x = torch.randn(20, 96)
+
+    def seeded():
+        torch.manual_seed(3)
+        return results(model, x)
+
+    found = seeded()
+    assert len(seen) == hooked, "other people's hooks see one call"
+    trained = x.clone().requires_grad_()
+    kept = max(kept_storages(model, trained))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(separate, "on_rows", lambda adapter: False)
+        torch.testing.assert_close(found, seeded(), rtol=1e-4, atol=1e-4)
+        assert kept < adapted.base_layer.weight.nbytes <= max(kept_storages(model, trained))
+
+
+def test_row_factors_of_a_half_precision_weight():
+    """Exact where the change undoes most of a row, under autocast too, and no copy of the weight is kept for backward."""
+    base = nn.Linear(256, 64, bias=False).bfloat16().requires_grad_(False)
+    model, adapted = dora(base, r=8)
+    adapter = adapted.adapter("a")
+    left, sizes, right = torch.linalg.svd(base.weight.double(), full_matrices=False)
+    with torch.no_grad():
+        adapter.get_tensor("lora_B.weight").copy_(-0.97 * left[:, :8] * sizes[:8] / adapter.scaling)
+        adapter.get_tensor("lora_A.weight").copy_(right[:8])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        row = parts.row_factor(adapter, base.weight, adapter.inputs())
+    up, down = (adapter.get_tensor(name).double() for name in ("lora_B.weight", "lora_A.weight"))
+    weight = base.weight.double() + adapter.scaling * up @ down
+    torch.testing.assert_close(row.double(), adapter.get_tensor("lora_magnitude_vector").double() / weight.norm(dim=1))
+
+    class Rows(nn.Module):
+        def forward(self, x):
+            return parts.row_factor(adapter, base.weight, adapter.inputs())
+
+    holder = Rows()
+    holder.inner = model
+    assert max(kept_storages(holder, base.weight), default=0) < base.weight.nbytes

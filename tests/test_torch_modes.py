@@ -11,9 +11,11 @@ import torch._dynamo.testing
 from cases import (
     ALGORITHMS,
     LAYERS,
+    Holder,
     build,
     dense_gradients,
     factors,
+    kept_storages,
     make_input,
     pairs,
     randomize,
@@ -23,6 +25,7 @@ from cases import (
 from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
 
+from lycoris_diff import LoraConfig, LoraModel
 from lycoris_diff.execution import sparse
 
 pytestmark = pytest.mark.usefixtures("fused")
@@ -182,6 +185,19 @@ def test_new_values_cause_no_recompile():
         randomize(model, seed=8)
         assert relative_error(compiled(x), model(x)) < 1e-5
     assert counter.frame_count == 1
+
+
+def test_compiled_dora_keeps_no_weight():
+    """Its rows are scaled, not built."""
+    layer = Holder(torch.nn.Linear(96, 128)).requires_grad_(False)
+    model = LoraModel(layer, LoraConfig(r=4, use_dora=True, target_modules=["layer"]))
+    randomize(model)
+    x = torch.randn(20, 96, requires_grad=True)
+    expected = model(x)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-4)
+    assert max(kept_storages(compiled, x)) < 96 * 128 * 4
 
 
 @pytest.mark.slow

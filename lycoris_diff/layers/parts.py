@@ -29,6 +29,9 @@ def plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 def row_factor(adapter: Adapter, weight: Tensor, f: dict[str, Tensor]) -> Tensor:
     """``magnitude / ||W + dW||`` for every output row, ``(out,)``; nothing of the weight's size is kept for backward."""
     names, wide = tuple(f), torch.promote_types(weight.dtype, torch.float32)
+    if torch.is_autocast_enabled(weight.device.type):
+        with torch.autocast(weight.device.type, enabled=False):
+            return row_factor(adapter, weight, f)
 
     def compute(base: Tensor, *tensors: Tensor) -> Tensor:
         factors = dict(zip(names, tensors))
