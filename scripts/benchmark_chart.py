@@ -10,28 +10,44 @@ from benchmarking import Ratio
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.artist import Artist
 
 COLOURS = {"ours": "#1f5fbf", "PEFT": "#c2541b", "LyCORIS": "#8a8f99", "LyCORIS bypass": "#1c8a4d"}
 
 
-def step_chart(panels: Mapping[str, Mapping[str, Mapping[str, Ratio]]], path: Path) -> None:
-    """Draw a panel for every model and set of targets.
+#: inches a row of a panel takes, and what a panel takes beside its rows, in rows
+ROW, REST = 0.3, 1.8
+
+Panels = Mapping[str, Mapping[str, Mapping[str, Ratio]]]
+
+
+def step_chart(machines: Mapping[str, Panels], path: Path) -> None:
+    """Draw a column for every machine, and in it a panel for every model and set of targets.
 
     Args:
-        panels: title -> algorithm -> contender -> ratio to the frozen base.
+        machines: machine -> title of the panel -> algorithm -> contender -> ratio to the frozen base.
         path: the picture; replaced if it exists.
     """
-    heights = [len(rows) + 1.5 for rows in panels.values()]
-    size = (9, 0.36 * sum(heights) + 0.8)
-    figure, axes = plt.subplots(
-        len(panels), 1, figsize=size, height_ratios=heights, squeeze=False, layout="constrained", sharex=True
-    )
-    for axis, (title, rows) in zip(axes[:, 0], panels.items()):
-        _panel(axis, title, rows)
-    _scale(axes[-1, 0], max(ratio.median for rows in panels.values() for row in rows.values() for ratio in row.values()))
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper right", ncols=len(labels), frameon=False)
-    axes[-1, 0].set_xlabel("time of a training step, relative to the frozen base model (log scale; bars: 95 % interval)")
+    heights = {name: [len(rows) + REST for rows in panels.values()] for name, panels in machines.items()}
+    tallest = max(sum(column) for column in heights.values())
+    figure = plt.figure(figsize=(6.5 * len(machines), ROW * tallest + 1.2), layout="constrained")
+    columns = figure.subfigures(1, len(machines), squeeze=False)[0]
+    ratios = [r for panels in machines.values() for rows in panels.values() for row in rows.values() for r in row.values()]
+    named: dict[str, Artist] = {}
+    for column, (name, panels) in zip(columns, machines.items()):
+        rest = tallest - sum(heights[name])  # below the shorter columns, so that rows are as high everywhere
+        shares = [*heights[name], *([rest] if rest else [])]
+        axes = column.subplots(len(shares), 1, height_ratios=shares, squeeze=False)[:, 0]
+        column.suptitle(name, fontsize=12)
+        for axis, (title, rows) in zip(axes, panels.items()):
+            _panel(axis, title, rows)
+            _scale(axis, max(ratio.median for ratio in ratios))
+            named |= dict(zip(*reversed(axis.get_legend_handles_labels())))
+        for axis in axes[len(panels) :]:
+            axis.set_axis_off()
+    labels = [label for label in COLOURS if label in named]
+    figure.legend([named[label] for label in labels], labels, loc="outside upper right", ncols=len(labels), frameon=False)
+    figure.supxlabel("time of a training step, relative to the frozen base model (log scale; bars: 95 % interval)", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)

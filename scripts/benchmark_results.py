@@ -200,14 +200,14 @@ def _mib(values: dict[str, int], name: str) -> str:
     return f"{values[name] / MIB:.0f}" if name in values else "-"
 
 
-def panels(series: list[Series]) -> dict[str, dict[str, dict[str, Ratio]]]:
-    """Return the steps' ratios by what is common to several rows, and by algorithm."""
-    found: dict[str, dict[str, dict[str, Ratio]]] = {}
+def panels(series: list[Series]) -> dict[str, dict[str, dict[str, dict[str, Ratio]]]]:
+    """Return the steps' ratios by machine, by what is common to several rows, and by algorithm."""
+    found: dict[str, dict[str, dict[str, dict[str, Ratio]]]] = {}
     for one in series:
-        device = one.machine.get("device", one.machine["CPU"])
         for row in one.table:
+            machine = found.setdefault(one.machine.get("device", one.machine["CPU"]), {})
             case = row.case
-            found.setdefault(f"{case.model}, {case.targets}, {case.dtype} ({device})", {})[case.algorithm] = row.step
+            machine.setdefault(f"{case.model}, {case.targets}, {case.dtype}", {})[case.algorithm] = row.step
     return found
 
 
