@@ -167,15 +167,21 @@ class Adapter(FactorStore):
         # W down^T by the layer's own operation, on k more tokens
         mixed = host.plain(down.to(host.dtype)).to(up.dtype)
         square = host.row_squares + ((2 * mixed.T + up @ (down @ down.T)) * up).sum(1)
-        return self.lengthened(dora.row_factors(f[self.magnitude_name], square), program, f)
-
-    def lengthened(self, row: Tensor, program: Program, f: Factors) -> Around:
-        """DoRA's change at its strength, from its factors of the rows ``(out,)`` and the delta's factored form."""
-        strength = f["strength"]
+        row, strength = dora.row_factors(f[self.magnitude_name], square), f["strength"]
         return Around(
             after=lambda y: y * channel_view((row - 1) * strength, y),
             beside=lambda x: scale_rows(program.run(self.geometry, x, cast(f, x.dtype)), row * strength, None),
         )
+
+    def lengthened(self, row: Tensor, program: Program, f: Factors) -> Around:
+        """DoRA's change at its strength, from its factors of the rows ``(out,)`` and the delta's factored form."""
+        strength = f["strength"]
+
+        def changed(x: Tensor, y: Tensor) -> Tensor:
+            adapted = y + program.run(self.geometry, x, cast(f, x.dtype))
+            return torch.addcmul(y * (1 - strength).to(y.dtype), adapted, channel_view(row * strength, y))
+
+        return Around(changed=changed)
 
     def add_delta(self, total: Tensor, f: Factors) -> Tensor:
         """``total + delta``; override when it can be had in fewer passes."""

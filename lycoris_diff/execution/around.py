@@ -1,6 +1,7 @@
 """Changes that multiply a weight, run around a layer: where its values are not at hand, or changing it costs more.
 
-``change(W) x = W before(x) + after(W x) + beside(x)``: the layer's own operation is the only one that reads W.
+``change(W) x = W before(x) + after(W x) + beside(x)``: but for lengths of rows, the layer's own operation is the only one that
+reads W.
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ class Around(NamedTuple):
         after: of the layer's output without its bias, ``(n, out, ...)`` to the same shape.
         beside: from the input to an output of its own.
         moved: ``x + before(x)`` in one pass, for changes that have nothing but `before`.
+        changed: ``W x`` with the change, from ``x`` and ``W x``; for changes that have nothing else.
     """
 
     before: Map | None = None
     after: Map | None = None
     beside: Map | None = None
     moved: Map | None = None
+    changed: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 class Host(NamedTuple):
@@ -43,6 +46,7 @@ class Host(NamedTuple):
         dtype: of the input.
         row_squares: squared norm of every row of the weight, ``(out,)`` in float32; None where nothing has asked for it.
         bare: the weight alone on a canonical input; None where that is only known as `run` less the bias.
+        weight: canonical and unmodified, where it is at hand.
     """
 
     run: Map
@@ -50,6 +54,7 @@ class Host(NamedTuple):
     dtype: torch.dtype
     row_squares: Tensor | None = None
     bare: Map | None = None
+    weight: Tensor | None = None
 
     def plain(self, x: Tensor) -> Tensor:
         """The weight alone on a canonical input."""
@@ -86,6 +91,9 @@ def apply_around(member: Around, x: Tensor, host: Host) -> Tensor:
         parts.append(member.after(host.plain(x)))
     if member.beside is not None:
         parts.append(member.beside(x))
+    if member.changed is not None:
+        plain = host.plain(x)
+        parts.append(member.changed(x, plain) - plain)
     return sum(parts[1:], parts[0])
 
 
@@ -96,11 +104,15 @@ def run_around(members: Sequence[Around], x: Tensor, host: Host) -> Tensor:
     """
     if len(members) == 1 and members[0].moved is not None:
         return host.run(members[0].moved(x))
-    befores, afters, besides, _ = ([maps for maps in kind if maps is not None] for kind in zip(*members))
+    if len(members) == 1 and members[0].changed is not None:
+        y = members[0].changed(x, host.plain(x))
+        return y if host.bias is None else y + channel_view(host.bias, y)
+    befores, afters, besides, _, changes = ([maps for maps in kind if maps is not None] for kind in zip(*members))
     moved = [before(x) for before in befores]
-    if afters:
+    if afters or changes:
         y, plain = host.outputs(x)
         y = sum([after(plain) for after in afters], y)
+        y = sum([changed(x, plain) - plain for changed in changes], y)
         if moved:
             y = y + host.plain(sum(moved[1:], moved[0]))
     else:

@@ -15,6 +15,8 @@ PASS = 16
 TRANSPOSE = 4 * PASS
 #: how often the weight must go into the output, or the input, for its change to be added to it
 FOLD = 2
+#: how often the weight may go into the output for scaling that to cost less than building a weight and its whole gradient
+SCALED = 4
 #: numbers in a weight up to which calls cost more than passes over activations
 FEW = 2**15
 
@@ -71,6 +73,16 @@ def rides(shape: tuple[int, ...], tokens: int) -> bool:
         tokens: positions the weight is applied to.
     """
     return len(shape) == 2 and tokens <= shape[0]
+
+
+def scales_cheaply(shape: tuple[int, ...], tokens: int) -> bool:
+    """Whether DoRA, in plain operations, is better made on the output's channels than on the weight's rows.
+
+    Args:
+        shape: canonical weight ``(out, in, *k)``.
+        tokens: positions the weight is applied to.
+    """
+    return tokens * shape[0] <= SCALED * prod(shape)
 
 
 @dataclass(frozen=True)

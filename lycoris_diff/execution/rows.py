@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .marks import mark
 
@@ -84,7 +85,7 @@ def row_squares(weight: Tensor) -> Tensor:
 
     if torch.compiler.is_compiling() or weight.requires_grad or torch._C._are_functorch_transforms_active():
         return compute()
-    if torch.is_inference_mode_enabled() or weight.is_inference():
+    if torch.is_inference_mode_enabled() or weight.is_inference() or forward_ad.unpack_dual(weight).tangent is not None:
         return compute()
     storage, key = weight.untyped_storage(), mark(weight)
     found = _ROW_SQUARES.get(storage)

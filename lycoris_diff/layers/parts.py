@@ -27,13 +27,16 @@ def plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 def row_factor(adapter: Adapter, weight: Tensor, f: dict[str, Tensor]) -> Tensor:
-    """``magnitude / ||W + dW||`` for every output row, ``(out,)``; nothing of the weight's size is kept for backward."""
+    """``magnitude / ||W + dW||`` for every output row, ``(out,)``, in float32 or better, whatever autocast says.
+
+    Nothing of the weight's size is kept for backward, but what compilers decide to keep of a half-precision one.
+    """
     names, wide = tuple(f), torch.promote_types(weight.dtype, torch.float32)
-    if torch.is_autocast_enabled(weight.device.type):
-        with torch.autocast(weight.device.type, enabled=False):
-            return row_factor(adapter, weight, f)
 
     def compute(base: Tensor, *tensors: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(base.device.type):  # backward may run under it
+            with torch.autocast(base.device.type, enabled=False):
+                return compute(base, *tensors)
         factors = dict(zip(names, tensors))
         work = base.to(wide)
         statistics = adapter.row_statistics(work, factors)

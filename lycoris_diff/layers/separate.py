@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..adapters.base import Adapter
 from ..errors import AdapterError
 from ..execution.around import Around, Host, apply_around, run_around
-from ..execution.costs import Choice, Folded, around_is_cheaper
+from ..execution.costs import Choice, Folded, around_is_cheaper, scales_cheaply
 from ..execution.engine import Term, cast, changed_weight
 from ..execution.geometry import is_transformers_conv1d
 from ..execution.narrow import narrowed
@@ -50,7 +50,7 @@ class Apart(NamedTuple):
     """An active adapter in plain operations: beside the layer, around it, or in its weight.
 
     Attributes:
-        program: factored form of its delta, where that is run.
+        program: factored form of its delta, where that is run; with `around` that of DoRA, whose rows are scaled.
         around: the layer's input or output is multiplied.
     """
 
@@ -95,7 +95,10 @@ class SeparateLayer(MergeableLayer):
         return around_is_cheaper(self.geometry.shape, self.geometry.tokens(x), _trains(adapter), cost)
 
     def _separate(self, names: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Plain differentiable operations: one with the changed weight where the base may be bypassed, else all beside it."""
+        """Plain differentiable operations: around the weight, or one with the changed weight, where the base may be bypassed.
+
+        Else all beside it.
+        """
         geo = self.geometry
         dtype = compute_dtype(x)
         inner, lead = geo.enter(x.to(dtype))
@@ -106,7 +109,8 @@ class SeparateLayer(MergeableLayer):
         together = [one for one in dense if one.around]
         if together and (not plain or (bypassed and len(together) == len(dense))):
             host = self._host_around(dtype, *args, **kwargs)
-            y = geo.leave(run_around([self._form(one, host) for one in together], inner, host).contiguous(), lead)
+            y = run_around([self._form(one, host) for one in together], inner, host)
+            y = geo.leave(y if geo.kernel else y.contiguous(), lead)
         elif dense and bypassed:
             together = dense
             base: Any = self.base_layer
@@ -146,10 +150,11 @@ class SeparateLayer(MergeableLayer):
             AdapterError: the unmodified weight, against which they are taken, is not there.
         """
         geo = self.geometry
-        bias: Any = self.base_layer._parameters.get("bias")
+        bias: Any = getattr(self.base_layer, "bias", None)
         if self.has_plain_weight:
-            weight, bias = self.base_weight().to(dtype), None if bias is None else bias.to(dtype)
-            return Host(lambda x: geo.apply(x, weight, bias), bias, dtype, bare=lambda x: geo.apply(x, weight, None))
+            held = self.base_weight()
+            weight, bias = held.to(dtype), None if bias is None else bias.to(dtype)
+            return Host(lambda x: geo.apply(x, weight, bias), bias, dtype, None, lambda x: geo.apply(x, weight, None), held)
         if self.merged:
             raise AdapterError(
                 f"{self.path!r} ({describe(self.base_layer)}) has {list(self.merged)} merged into it; adapters that multiply "
@@ -160,8 +165,8 @@ class SeparateLayer(MergeableLayer):
 
     def _form(self, one: Apart, host: Host) -> Around:
         adapter, f, program, _ = one
-        if program is not None:
-            return adapter.lengthened(row_factor(adapter, self.base_weight(), f), program, f)
+        if program is not None and host.weight is not None:
+            return adapter.lengthened(row_factor(adapter, host.weight, f), program, f)
         form = adapter.packed_form(f, host)
         if form is None:  # refused when attached; the weight was packed afterwards
             raise AdapterError(f"{self.path!r} ({describe(self.base_layer)}): {adapter.packed_gap() or 'quantize it first'}")
@@ -209,7 +214,8 @@ class SeparateLayer(MergeableLayer):
             program = None if program is None or program.eager_only else program
             around = False
             if adapter.depends_on_weight:
-                program = program if plain and on_rows(adapter) else None
+                cheap = plain and on_rows(adapter) and scales_cheaply(self.geometry.shape, self.geometry.tokens(x))
+                program = program if cheap else None
                 around = not plain or program is not None or self._around(adapter, x)
             active.append(Apart(adapter, f, program, around))
         return active, shift

@@ -185,7 +185,7 @@ class Loop:
         return reason
 
     def _origin(self, forward: Callable[[], Any]) -> str | None:
-        """The module in which values stop being finite in a forward pass, run as it is: inside compiled graphs nobody looks."""
+        """The module in which values stop being finite in a forward pass, run uncompiled: hooks do not run inside graphs."""
         models = self.models
         self.models = {name: model._modules.get("_orig_mod") or model for name, model in models.items()}
         try:
