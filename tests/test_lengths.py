@@ -433,6 +433,10 @@ def test_row_factors_of_a_half_precision_weight():
         row = parts.row_factor(adapter, base.weight, adapter.inputs())
     up, down = (adapter.get_tensor(name).double() for name in ("lora_B.weight", "lora_A.weight"))
     weight = base.weight.double() + adapter.scaling * up @ down
+    grads = torch.autograd.grad(row.sum(), list(adapter.parameters()), retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        again = torch.autograd.grad(row.sum(), list(adapter.parameters()))
+    torch.testing.assert_close(again, grads)
     torch.testing.assert_close(row.double(), adapter.get_tensor("lora_magnitude_vector").double() / weight.norm(dim=1))
 
     class Rows(nn.Module):
@@ -442,3 +446,56 @@ def test_row_factors_of_a_half_precision_weight():
     holder = Rows()
     holder.inner = model
     assert max(kept_storages(holder, base.weight), default=0) < base.weight.nbytes
+
+
+def test_many_tokens_apart(apart):
+    """Where the weight goes into the output often, building it costs less, and keeps less, than scaling the output."""
+    model, adapted = dora(nn.Linear(16, 24, dtype=torch.float64).requires_grad_(False))
+    for tokens, ran in ((64, [1]), (65, [1])):  # only the first
+        compare(model, adapted, torch.randn(tokens, 16, dtype=torch.float64), rtol=1e-10, atol=1e-10)
+        assert apart == ran, tokens
+
+
+def test_weights_that_are_no_parameters(apart):
+    model, adapted = dora(nn.Linear(16, 24, dtype=torch.float64).requires_grad_(False))
+    x = torch.randn(5, 16, dtype=torch.float64)
+    expected = model(x)
+    for name, value in list(adapted.base_layer._parameters.items()):
+        del adapted.base_layer._parameters[name]
+        setattr(adapted.base_layer, name, value.detach())
+    torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_channels_last_apart(apart):
+    model, adapted = dora(nn.Conv2d(8, 16, 3, padding=1).to(memory_format=torch.channels_last).requires_grad_(False))
+    x = torch.randn(2, 8, 6, 6).to(memory_format=torch.channels_last)
+    assert model(x).is_contiguous(memory_format=torch.channels_last) and apart == [1]
+
+
+def test_forward_derivatives_apart(apart):
+    """Of the weight too, whose row norms were remembered without a derivative."""
+    model, adapted = dora(nn.Linear(16, 24, dtype=torch.float64).requires_grad_(False))
+    x, weight = torch.randn(5, 16, dtype=torch.float64), adapted.base_layer.weight
+    direction = torch.randn_like(weight)
+
+    def derivative():
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(weight.detach(), direction)
+            del adapted.base_layer._parameters["weight"]
+            adapted.base_layer.weight = dual
+            try:
+                return torch.autograd.forward_ad.unpack_dual(model(x)).tangent.clone()
+            finally:
+                del adapted.base_layer.weight
+                adapted.base_layer.register_parameter("weight", weight)
+
+    model(x)  # remembers them
+    with torch.no_grad():
+        step = 1e-6
+        weight += step * direction
+        ahead = model(x)
+        weight -= 2 * step * direction
+        expected = (ahead - model(x)) / (2 * step)
+        weight += step * direction
+    torch.testing.assert_close(derivative(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(derivative(), expected, rtol=1e-5, atol=1e-6)

@@ -11,8 +11,9 @@ from torch import Tensor
 def recompute(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """``function(*tensors)``; intermediate results are computed anew in backward instead of kept.
 
-    Unlike activation checkpointing it handles no random state and no modules, and costs next to nothing. Under
-    `torch.compile` and `torch.func` the function simply runs: they keep what they need by their own rules.
+    Backward runs outside autocast, so that what `function` does in full precision it does there too. Unlike activation
+    checkpointing it handles no random state and no modules, and costs next to nothing. Under `torch.compile` and
+    `torch.func` the function simply runs: they keep what they need by their own rules.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function(*tensors)
@@ -38,7 +39,7 @@ class _Recompute(torch.autograd.Function):
         if not twice:
             held = [t.detach().requires_grad_(n) if t.is_floating_point() else t for t, n in zip(held, needs)]
         wanted = [t for t, n in zip(held, needs) if n]
-        with torch.enable_grad():
+        with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
             y = ctx.function(*held)
             grads = iter(torch.autograd.grad(y, wanted, grad, create_graph=twice, allow_unused=True))
         return (None, *[next(grads) if n else None for n in needs])

@@ -34,7 +34,7 @@ def row_factor(adapter: Adapter, weight: Tensor, f: dict[str, Tensor]) -> Tensor
     names, wide = tuple(f), torch.promote_types(weight.dtype, torch.float32)
 
     def compute(base: Tensor, *tensors: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(base.device.type):  # backward may run under it
+        if torch.is_autocast_enabled(base.device.type):
             with torch.autocast(base.device.type, enabled=False):
                 return compute(base, *tensors)
         factors = dict(zip(names, tensors))
