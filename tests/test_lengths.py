@@ -467,7 +467,7 @@ def test_weights_that_are_no_parameters(apart):
 
 
 def test_channels_last_apart(apart):
-    model, adapted = dora(nn.Conv2d(8, 16, 3, padding=1).to(memory_format=torch.channels_last).requires_grad_(False))
+    model, _ = dora(nn.Conv2d(8, 16, 3, padding=1).to(memory_format=torch.channels_last).requires_grad_(False))
     x = torch.randn(2, 8, 6, 6).to(memory_format=torch.channels_last)
     assert model(x).is_contiguous(memory_format=torch.channels_last) and apart == [1]
 
