@@ -68,7 +68,7 @@ def base_weight(model: nn.Module, target: Target) -> Tensor:
     if not isinstance(layer, AdaptedLayer):
         layer = AdaptedLayer(target.layer, target.geometry)
         layer.path = target.path
-    return layer.values()
+    return layer.values().detach()
 
 
 def check_packed(target: Target, adapter: Adapter) -> None:

@@ -19,13 +19,13 @@ def norms(weight: Tensor, axis: str) -> Tensor:
 
 
 def row_factors(magnitude: Tensor, squares: Tensor) -> Tensor:
-    """``magnitude / sqrt(squares)``, the factor of every output row ``(out,)``; of a row that is all zero it is finite."""
+    """``magnitude / sqrt(squares)``, the factor of every output row ``(out,)``; 0 of a row that is all zero."""
     return magnitude.reshape(-1).to(squares.dtype) * inverse_roots(squares)
 
 
 def inverse_roots(squares: Tensor) -> Tensor:
-    """``1 / sqrt(squares)``; of zero it is finite."""
-    return squares.clamp_min(torch.finfo(squares.dtype).tiny).rsqrt()
+    """``1 / sqrt(squares)``; 0 of zero, which stays zero in half precision too."""
+    return squares.masked_fill(squares <= torch.finfo(squares.dtype).tiny, torch.inf).rsqrt()
 
 
 def row_slopes(row: Tensor, squares: Tensor) -> Tensor:
@@ -42,5 +42,5 @@ def decompose(merged: Tensor, magnitude: Tensor, axis: str) -> Tensor:
         axis: "out" or "in".
     """
     norm = norms(merged, axis)
-    tiny = torch.finfo(norm.dtype).tiny
-    return merged * (magnitude.reshape(norm.shape) / norm.clamp_min(tiny))
+    norm = norm.masked_fill(norm <= torch.finfo(norm.dtype).tiny, torch.inf)
+    return merged * (magnitude.reshape(norm.shape) / norm)

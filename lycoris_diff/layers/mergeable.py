@@ -195,7 +195,7 @@ class MergeableLayer(nn.Module):
     def values(self) -> Tensor:
         """Unmodified canonical base weight; of a packed one the numbers it stands for, in float32."""
         if self.has_plain_weight:
-            return self.base_weight().detach()
+            return self.base_weight()
         return self.geometry.canonical(original(self.base_layer, self.snapshot))
 
     def _exact_members(self, names: Iterable[str], base: Tensor) -> list[tuple[Adapter, dict[str, Tensor]]]:
