@@ -371,34 +371,6 @@ def apart(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("axis", ["out", "in"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("way", [*WAYS, "apart", "dense"])
-def test_rows_of_zeros(way, dtype, axis, monkeypatch):
-    """A row, or column, that is all zero has no direction: it stays zero at any magnitude, and all gradients are finite."""
-    calls = take(monkeypatch, way) if way in WAYS else []
-    base = nn.Linear(24, 16, dtype=dtype).requires_grad_(False)
-    base.weight[2 if axis == "out" else slice(None), 2 if axis == "in" else slice(None)] = 0
-    model, adapted = dora(base, "loha-dora", dora_axis=axis)
-    adapter = adapted.adapter("a")
-    with torch.no_grad():
-        adapter.get_tensor(adapter.magnitude_name).fill_(10)
-        for name in ("hada_w1_a", "hada_w2_a") if axis == "out" else ("hada_w1_b", "hada_w2_b"):
-            factor = adapter.get_tensor(name)
-            (factor[2] if axis == "out" else factor[:, 2]).zero_()
-    if way != "apart":
-        monkeypatch.setattr(separate, "on_rows", lambda adapter: way != "dense")
-    if way not in WAYS:
-        base.register_forward_hook(lambda *args: None)
-    x = torch.randn(5, 24, dtype=dtype)
-    y, g_x, grads = results(model, x)
-    assert all(t.isfinite().all() for t in (y, g_x, *grads.values()))
-    weight = model.get_submodule("layer").merged_weight(["a"])
-    assert weight.isfinite().all() and not (weight[2] if axis == "out" else weight[:, 2]).any()
-    torch.testing.assert_close(y.float(), x.float() @ weight.float().T + base.bias.float(), rtol=2e-2, atol=5e-2)
-    assert len(calls) == (way in WAYS and axis == "out")
-
-
 @pytest.mark.parametrize("algorithm", ["lora-dora", "loha-dora"])
 @pytest.mark.parametrize("host", HOSTS)
 def test_same_function_apart(host, algorithm, apart):
