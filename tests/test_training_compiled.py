@@ -65,6 +65,21 @@ def test_the_same_steps(traced, pictures, tmp_path):
     torch.testing.assert_close(outputs(fresh), outputs(compiled), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_pictures_of_several_shapes(traced, tmp_path, monkeypatch):
+    """Steps of another shape are the same graph with sizes as numbers, not one graph a bucket."""
+    pictures = draw(tmp_path / "pictures", sizes=((16, 16), (20, 12), (12, 20)))
+    changes = {"aspect_buckets": True, "bucket_step": 4, "max_train_steps": 8, "train_batch_size": 1}
+    plain = train(shallow_pipe(), pictures, tmp_path / "1", **changes)
+    pipe, shapes = shallow_pipe(), set()
+    encode = pipe.vae.encode
+    monkeypatch.setattr(pipe.vae, "encode", lambda x, *args, **kwargs: shapes.add(x.shape[-2:]) or encode(x, *args, **kwargs))
+    report = train(pipe, pictures, tmp_path / "2", compile=True, **changes)
+    assert len(shapes) == 3 and not traced["graph_break"]
+    assert traced["stats"]["unique_graphs"] <= 4, "steps and the held-out loss, each with and without sizes as numbers"
+    assert report.losses == pytest.approx(plain.losses, rel=1e-5)
+
+
 def test_the_layer_that_breaks_is_named(traced, pictures, tmp_path, monkeypatch):
     """In a step, and when the held-out loss is taken; no hook looks inside a graph."""
     pipe = shallow_pipe()
