@@ -13,6 +13,7 @@ from .adapters.registry import adapter_class
 from .errors import ConfigError
 from .execution.geometry import is_plain_weight
 from .execution.packed import describe, unreadable
+from .execution.precision import outside_autocast
 from .layers.layer import AdaptedLayer
 from .targets import Target, pattern_value
 
@@ -48,11 +49,12 @@ def build_adapter(
     dtype = parameter_dtype(target.layer, autocast or cls.wide_factors)
     adapter.to(dtype=dtype)
     if not low_cpu_mem_usage:
-        weight = partial(base_weight, model, target)
-        adapter.reset(Site(target.path, name, target.layer, weight))
-        adapter.to(device=_device(target.layer))
-        if adapter.decomposed:
-            adapter.init_magnitude(weight())
+        weight, device = partial(base_weight, model, target), _device(target.layer)
+        with outside_autocast(device):
+            adapter.reset(Site(target.path, name, target.layer, weight))
+            adapter.to(device=device)
+            if adapter.decomposed:
+                adapter.init_magnitude(weight())
     return adapter
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -98,16 +97,17 @@ def mergeable_layers(
         AdapterError: naming the layer and why it cannot be merged into.
     """
     layers = [(p, m) for p, m in adapted_layers(model) if any(n in m.adapters for n in names)]
-    owners = Counter(p for m in model.modules() for p in m._parameters.values() if p is not None)
+    tied = _sharing(model)
     packed = [path for path, layer in layers if not layer.has_plain_weight]
     for path, layer in layers:
         held = layer.base_layer._parameters.get("weight")
         if held is None or held.is_meta:
             state = "is computed by a parametrization" if held is None else "is offloaded"
             raise AdapterError(f"the weight of {path!r} {state}; it cannot be merged into")
-        if layer.has_plain_weight and owners[layer.base_layer.get_parameter("weight")] > 1:
+        shared = [n for n in ("weight", "bias")[: 1 + layer.biased] if (layer.base_layer, n) in tied]
+        if layer.has_plain_weight and shared:
             raise AdapterError(
-                f"{path!r} shares its weight with another module (tied weights); merging would change both. "
+                f"{path!r} shares its {shared[0]} with another module (tied weights); merging would change both. "
                 "Untie them first, or leave the adapter unmerged"
             )
         if not layer.has_plain_weight:
@@ -121,6 +121,25 @@ def mergeable_layers(
                     "The adapter is damaged, or too strong for the weights' dtype"
                 )
     return layers
+
+
+def _sharing(model: nn.Module) -> set[tuple[nn.Module, str]]:
+    """Plain parameters, by module and name, that have memory in common with others: the same, or views of it."""
+    every = [(m, name, p) for m in model.modules() for name, p in m._parameters.items() if type(p) is nn.Parameter]
+    held = [one for one in every if one[2].numel() and not one[2].is_meta]
+    reach = [sum((n - 1) * step for n, step in zip(p.shape, p.stride(), strict=True)) + 1 for _, _, p in held]
+    places = sorted(
+        (str(p.device), p.data_ptr(), p.data_ptr() + numbers * p.element_size(), index)
+        for index, ((_, _, p), numbers) in enumerate(zip(held, reach, strict=True))
+    )
+    found: set[tuple[nn.Module, str]] = set()
+    furthest = places[0] if places else None
+    for place in places[1:]:
+        assert furthest is not None
+        if place[0] == furthest[0] and place[1] < furthest[2]:
+            found |= {held[index][:2] for index in (place[3], furthest[3])}
+        furthest = place if place[0] != furthest[0] or place[2] > furthest[2] else furthest
+    return found
 
 
 def _check_packed(path: str, layer: AdaptedLayer, names: Sequence[str], packed: Sequence[str], requantize: Requantize) -> None:

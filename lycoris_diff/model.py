@@ -79,10 +79,15 @@ class AdapterModel(TransparentWrapper):
             **kwargs: of the base model.
 
         Raises:
-            AdapterError: as `per_sample.samples_with`.
+            AdapterError: as `per_sample.samples_with`; or activation checkpointing, which would run blocks again without it.
         """
         if adapter_names is None:
             return self.model(*args, **kwargs)
+        if torch.is_grad_enabled() and any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules()):
+            raise AdapterError(
+                "adapter_names with gradient checkpointing: backward would run the blocks again without them. Turn "
+                "checkpointing off (disable_gradient_checkpointing), or call the model under torch.no_grad()"
+            )
         with samples_with([self.model], adapter_names):
             return self.model(*args, **kwargs)
 
@@ -148,6 +153,9 @@ class AdapterModel(TransparentWrapper):
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """Multiply an adapter's trained strength: 1 is as trained, 0 exactly the base. Merged adapters are re-merged.
+
+        Biases of the base trained with it (``bias="all"``) and whole modules (``modules_to_save``) have no strength: they stay
+        as they are until another adapter is set, or adapters are disabled.
 
         Raises:
             AdapterError: an unknown name or a scale that is not a finite number.

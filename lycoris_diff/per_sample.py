@@ -20,6 +20,8 @@ BASE = "__base__"
 def samples_with(models: Sequence[nn.Module], adapter_names: Sequence[str | Sequence[str] | None]) -> Iterator[None]:
     """Inside, every sample of a batch runs with adapters of its own, active or not, at the strengths that are set.
 
+    Activation checkpointing runs blocks again in backward; where it is on, call ``backward()`` inside as well.
+
     Args:
         models: base models with adapters.
         adapter_names: for every sample the name of an adapter, several names, or None (also ``"__base__"`` and ``[]``) for the

@@ -44,8 +44,9 @@ class Site:
 
 
 _DORA = "DoRA (weight_decompose)"
-#: strengths live in float32 tensors
+#: strengths live in float32 tensors, whatever the dtype of the model
 LARGEST_STRENGTH = torch.finfo(torch.float32).max
+_NUMBERS = ("strength", "scaling")
 
 
 class Adapter(FactorStore):
@@ -178,8 +179,10 @@ class Adapter(FactorStore):
         strength = f["strength"]
 
         def changed(x: Tensor, y: Tensor) -> Tensor:
-            adapted = y + program.run(self.geometry, x, cast(f, x.dtype))
-            return torch.addcmul(y * (1 - strength).to(y.dtype), adapted, channel_view(row * strength, y))
+            run = program.run(self.geometry, x, cast(f, x.dtype))
+            if y.dtype.itemsize < 4 and not self.at_full_strength(f):  # rounded terms of opposite signs must not be large
+                return y * channel_view(1 + (row - 1) * strength, y) + run * channel_view(row * strength, y)
+            return torch.addcmul(y * (1 - strength).to(y.dtype), y + run, channel_view(row * strength, y))
 
         return Around(changed=changed)
 
@@ -280,6 +283,16 @@ class Adapter(FactorStore):
 
     def switch(self, on: bool) -> None:
         """Be told whether the adapter is among the active ones; those that are not do not run, so most do not care."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
+        """What moves or converts modules goes through this; strengths stay in float32 or better."""
+        held = {name: t for name, t in self._buffers.items() if name in _NUMBERS and t is not None}
+        super()._apply(fn, recurse)
+        for name, before in held.items():
+            after: Any = self._buffers[name]
+            if after.dtype.itemsize < 4:
+                self._buffers[name] = before.to(after.device, torch.float32)
+        return self
 
     def set_strength(self, value: float) -> None:
         """Set the multiplier; it lives in a tensor, so a compiled model does not recompile."""

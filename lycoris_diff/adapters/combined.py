@@ -80,7 +80,7 @@ class Combined(Adapter):
         return [(int(i), p) for i, p in self.parts.items()]  # type: ignore[misc]
 
     def in_use(self) -> list[Adapter]:
-        return [part for _, part in self._parts()]
+        return [one for _, part in self._parts() for one in part.in_use()]
 
     @property
     def changes_weight(self) -> bool:
@@ -98,7 +98,7 @@ class Combined(Adapter):
         return next((gap for _, part in self._parts() if (gap := part.packed_gap())), "")
 
     def members(self, exact: bool = False) -> list[tuple[Adapter, dict[str, Tensor]]]:
-        return [(part, part.inputs(exact)) for _, part in self._parts()]
+        return [member for _, part in self._parts() for member in part.members(exact)]
 
     def exact_factors(self) -> dict[str, Tensor]:
         return {f"parts.{i}.{k}": v for i, part in self._parts() for k, v in part.exact_factors().items()}

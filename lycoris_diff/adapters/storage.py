@@ -28,7 +28,7 @@ class FactorStore(nn.Module):
         self.factor_shapes = dict(shapes)
         #: where each factor lives: a submodule (None is the adapter itself, which would be a reference to itself) and a name
         self._owners: dict[str, tuple[nn.Module | None, str]] = {}
-        self._exact: dict[str, tuple[Tensor, int]] = {}
+        self._exact: dict[str, tuple[Tensor, torch.dtype]] = {}
         for name, shape in shapes.items():
             self.add_factor(name, torch.empty(shape, dtype=torch.int32 if name in self.index_names else None))
 
@@ -74,14 +74,15 @@ class FactorStore(nn.Module):
 
     def keep_exact(self, values: Mapping[str, Tensor]) -> None:
         """Remember a file's values, in their own dtype in host memory, for merging and saving what computes in less."""
-        self._exact = {k: (v.cpu(), self.get_tensor(k)._version) for k, v in values.items()}
+        self._exact = {k: (v.cpu(), self.get_tensor(k).dtype) for k, v in values.items()}
 
     def exact_factors(self) -> dict[str, Tensor]:
-        """Factors as stored in the file while the live ones are unchanged, else the live ones; on the live device."""
+        """Factors as stored in the file where the live ones are those, rounded, else the live ones; on the live device."""
         live = self.factors()
-        for name, (value, version) in self._exact.items():
-            if live[name]._version == version:
-                live[name] = value.to(live[name].device)
+        for name, (value, dtype) in self._exact.items():
+            held, value = live[name], value.to(live[name].device)
+            if not held.is_meta and torch.equal(held, value.to(dtype).to(held.dtype)):
+                live[name] = value
         return live
 
 

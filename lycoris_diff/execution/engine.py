@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .costs import NOWHERE, Folded
 from .geometry import Geometry
+from .precision import outside_autocast
 from .program import Program, add_gradients, is_direct, learned, sampled_gradients
 from .rows import channel_view, rows_backward, scale_rows, sum_rows
 from .steps import Conv, Step
@@ -147,10 +148,13 @@ class Call:
 
 
 def cast(f: Factors, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Floating factors in another dtype; all others as they are. ``f`` itself where all have it: do not write to it."""
+    """Floating factors in another dtype; all others as they are. ``f`` itself where all have it: do not write to it.
+
+    Single numbers, as the scale is, stay in their own: they decide no result's dtype, and might be beyond a half precision.
+    """
     for v in f.values():
-        if type(v) is not float and v.dtype is not dtype and v.is_floating_point():
-            return {k: v.to(dtype) if type(v) is not float and v.is_floating_point() else v for k, v in f.items()}
+        if type(v) is not float and v.dtype is not dtype and v.is_floating_point() and v.dim():
+            return {k: v.to(dtype) if type(v) is not float and v.is_floating_point() and v.dim() else v for k, v in f.items()}
     return f  # type: ignore[return-value]
 
 
@@ -168,10 +172,11 @@ def changed_weight(base: Tensor, dense: Sequence[tuple[Any, Factors]], dtype: to
         changed = None if term.change_entries is None else term.change_entries(base, f)
         if changed is not None:
             return changed
-    work = base.to(wide)
-    total = work
-    for term, f in dense:
-        total = term.add_change(total, work, f)
+    with outside_autocast(base.device):
+        work = base.to(wide)
+        total = work
+        for term, f in dense:
+            total = term.add_change(total, work, f)
     return total.to(dtype)
 
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .precision import outside_autocast
+
 
 def recompute(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """``function(*tensors)``; intermediate results are computed anew in backward instead of kept.
@@ -39,7 +41,7 @@ class _Recompute(torch.autograd.Function):
         if not twice:
             held = [t.detach().requires_grad_(n) if t.is_floating_point() else t for t, n in zip(held, needs)]
         wanted = [t for t, n in zip(held, needs) if n]
-        with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
+        with torch.enable_grad(), outside_autocast(grad.device):
             y = ctx.function(*held)
             grads = iter(torch.autograd.grad(y, wanted, grad, create_graph=twice, allow_unused=True))
         return (None, *[next(grads) if n else None for n in needs])

@@ -12,12 +12,15 @@ from torch.autograd import forward_ad
 
 from .marks import mark
 
+_FLOAT16 = torch.finfo(torch.float16).max
 #: numbers in a block whose operations run one after the other while it is in a cache
 BLOCK = 2**17
 
 
 def channel_view(t: Tensor, like: Tensor) -> Tensor:
-    """A vector over channels, shaped to broadcast over ``like`` with channels on axis 1."""
+    """A vector over channels, shaped to broadcast over ``like`` with channels on axis 1; of float16 never beyond its range."""
+    if like.dtype is torch.float16:  # or a row of zeros times infinity is no number
+        t = t.clamp(-_FLOAT16, _FLOAT16)
     return t.to(like.dtype).view(1, -1, *[1] * (like.dim() - 2))
 
 
@@ -77,7 +80,10 @@ def _summed(grad: Tensor, unscaled: Tensor, also: Callable[[Tensor, int], object
 
 
 def row_squares(weight: Tensor) -> Tensor:
-    """Squared norm of every row in float32 or better, ``(out,)``; remembered while a frozen weight does not change."""
+    """Squared norm of every row in float32 or better, ``(out,)``; remembered while a frozen weight does not change.
+
+    Writing into the ``.data`` of the weight is a change that cannot be seen; write into the weight, under `torch.no_grad`.
+    """
 
     def compute() -> Tensor:
         work = weight.to(torch.promote_types(weight.dtype, torch.float32))
@@ -87,12 +93,13 @@ def row_squares(weight: Tensor) -> Tensor:
         return compute()
     if torch.is_inference_mode_enabled() or weight.is_inference() or forward_ad.unpack_dual(weight).tangent is not None:
         return compute()
-    storage, key = weight.untyped_storage(), mark(weight)
-    found = _ROW_SQUARES.get(storage)
-    if found is None or found[0] != key:
-        found = _ROW_SQUARES[storage] = key, compute()
+    of_storage = _ROW_SQUARES.setdefault(weight.untyped_storage(), {})
+    view, at = (weight.shape, weight.stride(), weight.storage_offset(), weight.dtype), mark(weight)
+    found = of_storage.get(view)
+    if found is None or found[0] != at:
+        found = of_storage[view] = at, compute()
     return found[1]
 
 
-#: squared row norms by the weight's storage, with the position and version they belong to
-_ROW_SQUARES: weakref.WeakKeyDictionary[torch.UntypedStorage, tuple[Any, Tensor]] = weakref.WeakKeyDictionary()
+#: squared row norms by the weights' storage and by what of it they are, with the place and version they belong to
+_ROW_SQUARES: weakref.WeakKeyDictionary[torch.UntypedStorage, dict[Any, tuple[Any, Tensor]]] = weakref.WeakKeyDictionary()

@@ -3,8 +3,8 @@
 Used where no gradient is recorded and nothing trains. Kept is only what is small beside the layer's weight: an adapter that
 runs by changing the weight changes it anew in every call, and is fused by those who want that time back.
 
-A change of a tensor is seen by its version and its place in memory. Writing into the ``.data`` of a frozen factor leaves no
-such mark; write into the factor itself, under `torch.no_grad`.
+A change of a tensor is seen by its version, its place in memory and its storage. Writing into the ``.data`` of a frozen factor
+leaves no such mark; write into the factor itself, under `torch.no_grad`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,14 +45,14 @@ class Prepared(NamedTuple):
     Attributes:
         setting: names and trained strengths of the adapters, dtype and mode of the call.
         sources: the tensors that everything was computed from. Those of the host may be replaced and freed meanwhile.
-        storages: of the factors, kept so that no address is given out twice.
+        storages: of those tensors: another one may have been given the address of a freed one.
         marks: where their values were, and in which version.
         ready: by tokens.
     """
 
     setting: tuple[object, ...]
     sources: list[weakref.ref[Tensor]]
-    storages: list[Tensor]
+    storages: list[weakref.ref[torch.UntypedStorage]]
     marks: list[tuple[int, int]]
     ready: dict[int, Ready]
 
@@ -95,16 +95,20 @@ def prepared(
     setting = (*setting, torch.is_inference_mode_enabled())
     marks = [mark(t) for t in sources]
     found = _PREPARED.get(layer)
+    storages = [t.untyped_storage() for t in sources]
     same = found is not None and found.setting == setting and found.marks == marks
-    if found is None or not same or any([a() is not b for a, b in zip(found.sources, sources, strict=True)]):
-        small = [t.detach() for t in sources if not t.is_inference() and t.numel() * 4 <= sources[0].numel()]
-        found = _PREPARED[layer] = Prepared(setting, [weakref.ref(t) for t in sources], small, marks, {})
+    if found is None or not same or not (_alive(found.sources, sources) and _alive(found.storages, storages)):
+        found = _PREPARED[layer] = Prepared(setting, [*map(weakref.ref, sources)], [*map(weakref.ref, storages)], marks, {})
     ready = found.ready.get(tokens)
     if ready is None:
         if len(found.ready) >= SIZES:
             found.ready.clear()
         ready = found.ready[tokens] = prepare()
     return ready
+
+
+def _alive(held: Sequence[weakref.ref[Any]], found: Sequence[Any]) -> bool:
+    return all([a() is b for a, b in zip(held, found, strict=True)])
 
 
 def forget(layer: nn.Module) -> None:

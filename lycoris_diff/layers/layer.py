@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from ..adapters.base import Adapter
 from ..execution.costs import Folded, rides
@@ -62,7 +63,7 @@ class AdaptedLayer(SeparateLayer):
 
     def _fusable(self, x: Tensor) -> bool:
         """Whether the base layer allows it to run as one autograd operation of ours with its adapters."""
-        if torch._C._are_functorch_transforms_active() or not self._transparent():
+        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or not self._transparent():
             return False
         parameters = self._modules["base_layer"]._parameters  # type: ignore[union-attr]
         weight, bias = parameters.get("weight"), parameters.get("bias")

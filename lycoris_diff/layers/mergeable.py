@@ -15,6 +15,7 @@ from ..errors import AdapterError
 from ..execution.engine import cast, changed_weight
 from ..execution.geometry import Geometry, is_plain_weight
 from ..execution.packed import describe
+from ..execution.precision import outside_autocast
 from .frozen import forget
 from .parts import bias_change, plus
 from .plans import Plans
@@ -157,11 +158,12 @@ class MergeableLayer(nn.Module):
 
     def _change(self, adapter: Adapter, f: dict[str, Tensor]) -> Tensor:
         """One adapter's change of the weight, canonical, in float32 or better where the base weight enters."""
-        if not adapter.depends_on_weight:
-            return adapter.delta(f)
-        weight = self.values()
-        work = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        return adapter.add_change(torch.zeros_like(work), work, f)
+        with outside_autocast(adapter.strength.device):
+            if not adapter.depends_on_weight:
+                return adapter.delta(f)
+            weight = self.values()
+            work = weight.to(torch.promote_types(weight.dtype, torch.float32))
+            return adapter.add_change(torch.zeros_like(work), work, f)
 
     # --- merging -----------------------------------------------------------------------------------------------------
     def get_delta_weight(self, name: str) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.base import Adapter
+from ..execution.precision import outside_autocast
 from ..execution.recompute import recompute
 from ..execution.rows import row_squares
 from ..functional import dora
@@ -34,18 +35,16 @@ def row_factor(adapter: Adapter, weight: Tensor, f: dict[str, Tensor]) -> Tensor
     names, wide = tuple(f), torch.promote_types(weight.dtype, torch.float32)
 
     def compute(base: Tensor, *tensors: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(base.device.type):
-            with torch.autocast(base.device.type, enabled=False):
-                return compute(base, *tensors)
         factors = dict(zip(names, tensors))
-        work = base.to(wide)
-        statistics = adapter.row_statistics(work, factors)
-        if statistics is None:
-            square = adapter.add_delta(work, factors).flatten(1).square().sum(1)
-        else:
-            inner, delta_square = statistics
-            square = row_squares(base) + 2 * inner + delta_square
-        return dora.row_factors(factors[adapter.magnitude_name], square)
+        with outside_autocast(base.device):
+            work = base.to(wide)
+            statistics = adapter.row_statistics(work, factors)
+            if statistics is None:
+                square = adapter.add_delta(work, factors).flatten(1).square().sum(1)
+            else:
+                inner, delta_square = statistics
+                square = row_squares(base) + 2 * inner + delta_square
+            return dora.row_factors(factors[adapter.magnitude_name], square)
 
     if adapter.small_row_statistics and weight.dtype is wide:
         return compute(weight, *f.values())

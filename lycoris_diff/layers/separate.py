@@ -284,9 +284,9 @@ _DROPOUTS = (*_OF_INPUT, _OF_OUTPUT, _OF_MODULE)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """Dtype an operation on ``x`` runs in: autocast's where it is on, else the input's."""
+    """Dtype an operation on ``x`` runs in: autocast's where it is on, which leaves float64 alone, else the input's."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype is not torch.float64 else x.dtype
 
 
 def _trains(adapter: Adapter) -> bool:
