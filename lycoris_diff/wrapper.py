@@ -23,7 +23,9 @@ class TransparentWrapper(nn.Module):
         AdapterError: it is no module, or a wrapper itself.
     """
 
-    def __new__(cls, model: nn.Module, *args: Any, **kwargs: Any) -> TransparentWrapper:
+    def __new__(cls, model: Any = None, *args: Any, **kwargs: Any) -> TransparentWrapper:
+        if model is None and cls.__dict__.get("_generated"):  # torch's DataParallel makes replicas without arguments
+            return super().__new__(cls)
         if not isinstance(model, nn.Module):
             raise AdapterError(f"expected a torch module as the model, got {type(model).__name__}: {model!r}")
         return super().__new__(_with_signature(cls, type(model)))  # type: ignore[arg-type]

@@ -49,6 +49,8 @@ class FactorStore(nn.Module):
     def factors(self) -> dict[str, Tensor]:
         """Live factors by the names of the file's tensors; offloaded ones are brought to their device."""
         live: dict[str, Any] = {}
+        if not self._owners:
+            return {name: self.get_tensor(name) for name in self.factor_shapes}
         away = False
         for name, (submodule, leaf) in self._owners.items():
             owner = self if submodule is None else submodule
@@ -66,6 +68,12 @@ class FactorStore(nn.Module):
         """Whether a factor takes a gradient; none is brought from anywhere to find out."""
         held = [(self if owner is None else owner)._parameters.get(leaf) for owner, leaf in self._owners.values()]
         return any([parameter is not None and parameter.requires_grad for parameter in held])
+
+    def _replicate_for_data_parallel(self) -> FactorStore:
+        """A copy whose tensors and submodules torch is about to replace by those of another device: found by name from then on."""
+        replica = super()._replicate_for_data_parallel()
+        replica._owners = {}
+        return replica
 
     def get_tensor(self, name: str) -> Tensor:
         """One factor by its file name."""

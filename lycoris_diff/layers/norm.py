@@ -37,10 +37,10 @@ class AdaptedNorm(AdaptedLayer):
         if "forward" in base.__dict__:
             # offloading has patched it to load its parameters, over those we would put there: it runs, and its result goes
             x = x.to(base(x, *args, **kwargs).device)
-        weight, bias = base._parameters["weight"], base._parameters.get("bias")
+        weight, bias = base.weight, getattr(base, "bias", None)
         if weight.is_meta:
             with align_module_device(base):
-                weight, bias = base._parameters["weight"], base._parameters.get("bias")
+                weight, bias = base.weight, getattr(base, "bias", None)
         tensors = {"weight": changed_weight(weight.to(x.device), active, weight.dtype)}
         bias = plus(None if bias is None else bias.to(x.device), bias_change(active))
         if bias is not None:
