@@ -70,7 +70,7 @@ class FactorStore(nn.Module):
         return any([parameter is not None and parameter.requires_grad for parameter in held])
 
     def _replicate_for_data_parallel(self) -> FactorStore:
-        """A copy whose tensors and submodules torch is about to replace by those of another device: found by name from then on."""
+        """A copy whose tensors and submodules torch is about to replace by another device's: found by name from then on."""
         replica = super()._replicate_for_data_parallel()
         replica._owners = {}
         return replica
