@@ -14,6 +14,8 @@ from .layers.layer import AdaptedLayer
 from .layers.saved import SavedModule
 
 _STATE = "_lycoris_diff_state"
+#: PEFT's name of the model without adapters
+BASE = "__base__"
 
 
 @dataclass
@@ -66,6 +68,8 @@ def check_new_name(model: nn.Module, name: str) -> None:
     state = state_of(model)
     if not isinstance(name, str) or not name or "." in name:
         raise AdapterError(f"adapter name {name!r} is not usable; use a non-empty name without dots")
+    if name == BASE:
+        raise AdapterError(f"{name!r} stands for the base model alone; choose another adapter name")
     if hasattr(nn.ModuleDict(), name):
         raise AdapterError(f"adapter name {name!r} is an attribute of torch's ModuleDict; choose another")
     if state is not None and name in state.configs:

@@ -20,6 +20,7 @@ from .errors import AdapterError, CheckpointError, ConfigError, nearest
 from .execution.geometry import is_plain_weight
 from .layers.layer import AdaptedLayer
 from .layers.saved import SavedModule
+from .patterns import check_pattern
 from .targets import PRESETS, Target, base_modules, names_module, selected_paths
 
 PREFIX = "base_model.model."
@@ -338,7 +339,7 @@ def config_from_dict(values: Mapping[str, Any], source: str = "the adapter's con
     """A config from its JSON form, PEFT's or ours.
 
     Raises:
-        CheckpointError: unknown algorithm, a field this library does not know at a value that matters, or a bad value.
+        CheckpointError: unknown algorithm, a field this library does not know at a value that matters, a bad value or pattern.
     """
     if not isinstance(values, Mapping):
         raise CheckpointError(f"{source} is not a JSON object")
@@ -362,4 +363,7 @@ def config_from_dict(values: Mapping[str, Any], source: str = "the adapter's con
         config.check()
     except ConfigError as error:
         raise CheckpointError(f"{source}: {error}") from error
+    for field in config.patterns:
+        for pattern in getattr(config, field):
+            check_pattern(pattern, f"{source}: {field}")
     return config

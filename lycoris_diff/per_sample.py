@@ -8,12 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from .bookkeeping import adapted_layers, saved_copies, state_of
+from .bookkeeping import BASE, adapted_layers, saved_copies, state_of
 from .errors import AdapterError, nearest
 from .layers.samples import Samples
-
-#: PEFT's name of the model without adapters
-BASE = "__base__"
 
 
 @contextlib.contextmanager

@@ -47,7 +47,7 @@ def case(scripts, targets, algorithm):
 
 
 PEERS = {"lora": 4, "lokr": 4, "lokr-f8-full": 4, "loha": 4, "loha-r32": 4, "dora": 3, "oft": 2, "miss": 2, "shira": 2}
-QUICK = [("lokr", "conv"), ("shira", "attention")]
+QUICK = [("lokr", "attention"), ("shira", "attention")]
 REST = [(name, targets) for name in PEERS for targets in ("attention", "conv") if (name, targets) not in QUICK]
 
 

@@ -11,6 +11,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from pipelinefiles import make_file, with_changes
 from safetensors.torch import load_file, save_file
+from smallpipelines import pipeline
 
 from lycoris_diff.cli import main
 from lycoris_diff.cli.pipelines import AdapterArgument, adapter_argument
@@ -42,6 +43,29 @@ def picture(path) -> np.ndarray:
 )
 def test_adapter_argument(text, source, weight):
     assert adapter_argument(text) == AdapterArgument(source, weight)
+
+
+def test_adapter_argument_of_a_path_that_exists(tmp_path):
+    (tmp_path / "run_12:30").mkdir()
+    assert adapter_argument(f"{tmp_path}/run_12:30") == AdapterArgument(f"{tmp_path}/run_12:30", 1.0)
+    assert adapter_argument(f"{tmp_path}/run_12:30:0.5") == AdapterArgument(f"{tmp_path}/run_12:30", 0.5)
+
+
+@pytest.mark.parametrize("stem", ["train", "half", "__base__"])
+def test_files_called_like_something_else(stem, file, tmp_path, capsys):
+    path = file[0].rename(tmp_path / f"{stem}.safetensors")
+    common = ["generate", "--model", "tiny", "--prompt", "a cat", "--steps", "1", "--device", "cpu", "--json"]
+    assert main([*common, "--adapter", str(path), "--out", str(tmp_path / "a.png")]) == 0
+    assert json.loads(capsys.readouterr().out)["adapters"][0]["adapter_name"] == f"{stem}_"
+
+
+def test_generate_refuses_sizes(tmp_path, capsys):
+    pipeline("sd15").save_pretrained(tmp_path / "model")
+    common = ["generate", "--model", str(tmp_path / "model"), "--prompt", "a cat", "--steps", "1", "--width", "15"]
+    assert main([*common, "--out", str(tmp_path / "a.png")]) == 1
+    assert "--width and --height go together" in capsys.readouterr().err
+    assert main([*common, "--height", "16", "--out", str(tmp_path / "a.png")]) == 1
+    assert "StableDiffusionPipeline refuses:" in capsys.readouterr().err
 
 
 def test_generate(file, tmp_path, capsys):

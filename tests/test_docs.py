@@ -13,7 +13,7 @@ PACKAGE = ROOT / "lycoris_diff"
 #: top to bottom as in docs/architecture.md: a row may import the rows above it, and itself
 ORDER = [
     {"errors"},
-    {"functional", "wrapper"},
+    {"functional", "wrapper", "patterns"},
     {"execution"},
     {"adapters"},
     {"layers"},

@@ -50,7 +50,7 @@ def test_all_notebooks_are_known():
     assert {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")} == set(SHORT)
 
 
-@pytest.mark.parametrize("name", SHORT)
+@pytest.mark.parametrize("name", ["train_and_share", *(pytest.param(n, marks=pytest.mark.slow) for n in list(SHORT)[1:])])
 def test_it_runs_from_a_clean_kernel(name, runner, tmp_path):
     shown = nbformat.read(path_of(name), as_version=4)
     book = runner.execute(path_of(name), tmp_path, SHORT[name])  # an error in a cell is raised

@@ -40,6 +40,7 @@ def stop_after(step):
 
 
 #: what else a run's state has: averages, schedules, several passes a step, class pictures, other optimizers
+QUICK = ("lora", "lokr", "dora", "shira", "oft")
 VARIANTS = {
     "ema": {"ema_decay": 0.9},
     "cosine": {"lr_scheduler": "cosine", "lr_warmup_steps": 1},
@@ -67,7 +68,7 @@ class TestBitForBit:
         for file in ("unet/adapter_model.safetensors", "text_encoder/adapter_model.safetensors"):
             assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "cut" / file).read_bytes()
 
-    @pytest.mark.parametrize("name", ADAPTERS)
+    @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in ADAPTERS])
     def test_every_adapter(self, name, pictures, tmp_path):
         self.check(name, pictures, tmp_path)
 
@@ -91,6 +92,7 @@ class TestBitForBit:
         self.check("lokr", pictures, tmp_path, class_data_dir=folder, class_prompt="a", num_class_images=2)
 
 
+@pytest.mark.slow
 def test_two_threads_add_up_in_one_order(tmp_path):
     """On models that are large enough for operations to be split, a run gives the same bits again."""
     pictures = tmp_path / "pictures"

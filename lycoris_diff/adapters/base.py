@@ -296,8 +296,8 @@ class Adapter(FactorStore):
 
     def set_strength(self, value: float) -> None:
         """Set the multiplier; it lives in a tensor, so a compiled model does not recompile."""
+        self.strength.fill_(value)
         self._strength = float(value)
-        self.strength.fill_(self._strength)
 
     # --- what the layer uses -----------------------------------------------------------------------------------------
     def inputs(self, exact: bool = False) -> dict[str, Tensor]:

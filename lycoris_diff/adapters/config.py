@@ -100,7 +100,10 @@ class AdapterConfig:
             ConfigError: naming the field, its value and what is expected.
         """
         self._positive("r")
-        for pattern, value in {**self.rank_pattern}.items():
+        for name in self.patterns:
+            if not isinstance(getattr(self, name), Mapping):
+                raise ConfigError(f"{type(self).__name__}: {name} is {getattr(self, name)!r}; expected a dict")
+        for pattern, value in self.rank_pattern.items():
             if not isinstance(value, int) or value <= 0:
                 raise ConfigError(f"rank_pattern[{pattern!r}] is {value!r}; expected a positive integer")
         if not isinstance(self.init_weights, bool) and self.init_weights not in self.inits:

@@ -280,6 +280,8 @@ def _loha_onetrainer(entry: Entry, shape: Shape) -> Tensors:
 
 
 def _oft(entry: Entry, shape: Shape) -> Tensors:
+    if not entry.options.get("use_cayley_neumann", True) or entry.options.get("num_cayley_neumann_terms", 5) != 5:
+        raise CheckpointError('OneTrainer turns by a series of five terms, this adapter does not; write format "peft"')
     marker = {"oft_R.scaled_oft": torch.tensor(True)} if entry.options.get("scaled") else {}
     return {"oft_R.weight": entry.tensors["oft_R.weight"], **marker}
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+
+import torch
 
 from ..errors import CheckpointError
 from ..naming import NameIndex, Part, Parts, Site, find, flatten, nearest_name, unknown_prefix
@@ -64,9 +67,10 @@ def place(raw: RawCheckpoint, indexes: Indexes, base_model: str = "") -> Checkpo
         return result
     located, missing = _locate_all(raw.modules, indexes, result.notes)
     axis = _usual_axis(located)
+    differing: list[str] = []
     for item in sorted(located, key=lambda item: (not item.own, item.named.flat)):
-        _place_one(result, item, indexes[item.component], axis)
-    _note_conflicts(result)
+        _place_one(result, item, indexes[item.component], axis, differing)
+    _note_conflicts(result, differing)
     _report_missing(result, missing, indexes)
     return result
 
@@ -135,7 +139,7 @@ def _usual_axis(located: Iterable[_Located]) -> str:
     return votes.most_common(1)[0][0] if votes else ""
 
 
-def _place_one(result: Checkpoint, item: _Located, index: NameIndex, axis: str) -> None:
+def _place_one(result: Checkpoint, item: _Located, index: NameIndex, axis: str, differing: list[str]) -> None:
     name = label(item.named)
     try:
         whole = [fit_entry(entry, item.site, axis) for entry in item.named.entries]
@@ -148,10 +152,22 @@ def _place_one(result: Checkpoint, item: _Located, index: NameIndex, axis: str) 
         if part.path in taken:
             first = result.sources[item.component][part.path]
             result.conflicts[name] = split_key(first[0]).stem if first else part.path
+            if name not in differing and not _same(taken[part.path], [entry for entry in entries if entry is not None]):
+                differing.append(name)
             continue
         present = [entry for entry in entries if entry is not None]
         if present:
             _add(result, item.component, part.path, present, item.named)
+
+
+def _same(one: list[Entry], other: list[Entry]) -> bool:
+    """Whether these are the same factors, up to what half precision rounds away."""
+    if [(e.algorithm, *e.tensors) for e in one] != [(e.algorithm, *e.tensors) for e in other]:
+        return False
+    pairs = [(a.tensors[name], b.tensors[name]) for a, b in zip(one, other, strict=True) for name in a.tensors]
+    return all(math.isclose(a.scale, b.scale, rel_tol=0.01) for a, b in zip(one, other, strict=True)) and all(
+        a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=0.01, atol=1e-6, equal_nan=True) for a, b in pairs
+    )
 
 
 def _share(entry: Entry, part: Part, whole: Site, site: Site) -> Entry | None:
@@ -168,7 +184,7 @@ def _share(entry: Entry, part: Part, whole: Site, site: Site) -> Entry | None:
 
 
 # --- what is left -------------------------------------------------------------------------------------------------------------
-def _note_conflicts(result: Checkpoint) -> None:
+def _note_conflicts(result: Checkpoint, differing: list[str]) -> None:
     if result.conflicts:
         left, kept = next(iter(result.conflicts.items()))
         count = len(result.conflicts)
@@ -176,6 +192,8 @@ def _note_conflicts(result: Checkpoint) -> None:
             f"{count} {'module is' if count == 1 else 'modules are'} in the file under two names; one of each is used, "
             f"for example {kept!r} and not {left!r}"
         )
+    if differing:
+        result.notes.append(f"of {len(differing)} of them the left-out name has other factors, for example {differing[0]!r}")
 
 
 def _report_missing(result: Checkpoint, missing: Iterable[Named], indexes: Indexes) -> None:

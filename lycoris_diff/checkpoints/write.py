@@ -172,7 +172,7 @@ def _as_dtype(tensors: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str
     """Factors in another dtype; alphas and what is no float stay.
 
     Raises:
-        CheckpointError: a finite value would become infinite.
+        CheckpointError: a finite value is beyond the dtype's range, or all values of a tensor below it.
     """
     if dtype is None:
         return tensors
@@ -180,9 +180,14 @@ def _as_dtype(tensors: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str
     for name, value in tensors.items():
         keep = name.rpartition(".")[2] == "alpha" or not value.is_floating_point() or value.dtype == dtype
         out[name] = value if keep else value.to(dtype)
-        if not keep and value.numel() and bool(torch.isfinite(value.float()).all() & ~torch.isfinite(out[name].float()).all()):
-            most = float(value.abs().max())
+        if keep or not value.numel():
+            continue
+        finite = value.double().nan_to_num(0.0, 0.0, 0.0)
+        most = float(finite.abs().max())
+        if most > torch.finfo(dtype).max:  # which some dtypes keep as infinity, others as their largest value
             raise CheckpointError(f"{name} holds values up to {most:g}, too large for {dtype}; write another dtype")
+        if most and not out[name].float().any():
+            raise CheckpointError(f"{name} holds values up to {most:g}, all of them zero in {dtype}; write another dtype")
     return out
 
 
@@ -219,7 +224,8 @@ def _write_directory(
     if path.suffix == ".safetensors" or (path.exists() and not path.is_dir()):
         raise CheckpointError(f'{path} is no name of a directory, which format "peft" writes')
     header = {**kept_metadata(ckpt), **(metadata or {}), "format": "pt"}
-    several = len(ckpt.components) > 1
+    # without a folder "text_encoder_2" might be taken for the first one
+    several = len(ckpt.components) > 1 or any(component.startswith("text_encoder_") for component in ckpt.components)
     files: list[tuple[Path, dict[str, Tensor] | dict[str, Any]]] = []
     for component, modules in ckpt.components.items():
         content = peft_directory(modules, indexes[component])

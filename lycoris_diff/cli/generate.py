@@ -62,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
     """Generate; return 0."""
     import torch
 
+    if (args.width is None) != (args.height is None):
+        raise AdapterError("--width and --height go together; given one of them, pipelines take their own size for both")
     out = Path(args.out)
     if out.is_dir():
         raise IsADirectoryError(f"--out: {out} is a directory; name a picture in it")
@@ -86,14 +88,18 @@ def run(args: argparse.Namespace) -> int:
             progress.update(task, completed=step + 1)
             return tensors
 
-        images = pipe(
-            args.prompt,
-            num_inference_steps=args.steps,
-            num_images_per_prompt=args.count,
-            generator=torch.Generator().manual_seed(args.seed),
-            callback_on_step_end=advance,
-            **_optional(args, pipe),
-        ).images
+        given = _optional(args, pipe)
+        try:
+            images = pipe(
+                args.prompt,
+                num_inference_steps=args.steps,
+                num_images_per_prompt=args.count,
+                generator=torch.Generator().manual_seed(args.seed),
+                callback_on_step_end=advance,
+                **given,
+            ).images
+        except ValueError as error:  # sizes and steps that the pipeline does not take
+            raise AdapterError(f"{type(pipe).__name__} refuses: {error}") from error
     paths = [out if args.count == 1 else out.with_stem(f"{out.stem}-{i}") for i in range(len(images))]
     for image, path in zip(images, paths, strict=True):
         image.save(path)

@@ -27,8 +27,10 @@ class AdapterArgument(NamedTuple):
 
 
 def adapter_argument(text: str) -> AdapterArgument:
-    """Parse ``FILE``, ``FILE:0.8`` or ``FILE:unet=1,text_encoder=0.5``; without a weight it is 1."""
+    """Parse ``FILE``, ``FILE:0.8`` or ``FILE:unet=1,text_encoder=0.5``; without a weight it is 1, as of a path that exists."""
     source, _, tail = text.rpartition(":")
+    if text and Path(text).exists():
+        return AdapterArgument(text, 1.0)
     if source and _NUMBER.fullmatch(tail):
         return AdapterArgument(source, float(tail))
     pairs = [part.partition("=") for part in tail.split(",")]
@@ -98,11 +100,15 @@ def load_adapters(pipe: Any, adapters: list[AdapterArgument], strict: bool) -> l
     Raises:
         AdapterError, OSError: as `load_adapter`.
     """
+    from torch.nn import ModuleDict
+
+    from ..bookkeeping import BASE
     from ..diffusion import load_adapter
 
     reports: list[LoadReport] = []
     for adapter in adapters:
         stem = re.sub(r"\W+", "_", Path(adapter.source).stem) or "adapter"
+        stem += "_" if hasattr(ModuleDict(), stem) or stem == BASE else ""  # "train.safetensors"
         taken = {r.adapter_name for r in reports}
         name = next(n for i in range(len(adapters) + 1) if (n := f"{stem}_{i}" if i else stem) not in taken)
         reports.append(load_adapter(pipe, adapter.source, name, adapter.weight, strict=strict))

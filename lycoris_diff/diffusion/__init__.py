@@ -13,8 +13,9 @@ from .loading import (
 )
 from .mixin import LycorisLoaderMixin
 from .report import LoadError, LoadReport, ModuleReport
+from .samples import adapters_per_sample
 from .saving import checkpoint_of, save_adapter
-from .weights import Explanation, Strength, adapters_per_sample, explain, set_adapters
+from .weights import Explanation, Strength, explain, set_adapters
 
 __all__ = [
     "Explanation",

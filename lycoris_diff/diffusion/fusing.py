@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
+from numbers import Real
 from typing import Any
 
 from torch import nn
 
+from ..adapters.base import LARGEST_STRENGTH
 from ..bookkeeping import state_of
 from ..errors import AdapterError
 from ..injection import unwrap
@@ -46,10 +47,10 @@ def fuse_adapters(
     """
     models = chosen_models(pipe, components)
     chosen = _names(pipe, names)
-    if not isinstance(scale, (int, float)) or not math.isfinite(scale):
-        raise AdapterError(f"scale is {scale!r}; expected a finite number")
+    todo = {id(m): _pairs(m, chosen.get(id(m), [])) for m in models.values()}
+    scale = checked_scale(scale, [layer.adapter(n).get_strength() for own in todo.values() for layer, n in own])
     with weights_at_hand(models.values()):
-        scaled = [(m, _scale(m, chosen.get(id(m), []), scale)) for m in models.values()]
+        scaled = [(m, _scale(m, todo[id(m)], scale)) for m in models.values()]
         done: list[tuple[AdaptedLayer, tuple[str, ...]]] = []
         try:
             work = _work(models, chosen, safe, requantize)
@@ -159,11 +160,31 @@ def _work(
     return found
 
 
-def _scale(model: nn.Module, names: list[str], scale: float) -> list[tuple[AdaptedLayer, str]]:
+def checked_scale(scale: Any, strengths: Iterable[float]) -> float:
+    """The scale as a number.
+
+    Raises:
+        AdapterError: it is no finite number, or too large beside one of the strengths it is to multiply.
+    """
+    number = isinstance(scale, Real) and not isinstance(scale, bool)
+    if not number or not abs(scale) <= LARGEST_STRENGTH:
+        raise AdapterError(f"scale is {scale!r}; expected a finite number")
+    factor = float(scale)
+    most = max((abs(strength) for strength in strengths), default=0.0)
+    if abs(factor) * most > LARGEST_STRENGTH:
+        raise AdapterError(f"scale is {scale!r}, and an adapter's weight {most:g}; their product is too large for float32")
+    return factor
+
+
+def _pairs(model: nn.Module, names: list[str]) -> list[tuple[AdaptedLayer, str]]:
+    """Layers with adapters that are not fused yet."""
+    return [(layer, n) for layer in layers_of(model).values() for n in names if n in layer.adapters and n not in layer.held]
+
+
+def _scale(model: nn.Module, pairs: list[tuple[AdaptedLayer, str]], scale: float) -> list[tuple[AdaptedLayer, str]]:
     """Multiply strengths until they are fused no longer; what was multiplied."""
     if scale == 1.0:
         return []
-    pairs = [(layer, n) for layer in layers_of(model).values() for n in names if n in layer.adapters and n not in layer.held]
     for layer, name in pairs:
         strength = layer.adapter(name).get_strength()
         unscaled(model).setdefault(layer, {})[name] = strength

@@ -18,7 +18,8 @@ from ..building import build_adapter
 from ..errors import AdapterError, ConfigError, nearest
 from ..injection import attach
 from ..targets import Target, find_targets
-from .components import FileConfig, Loaded, chosen_models, layers_of, models_of, remember
+from .components import FileConfig, Loaded, chosen_models, layers_of, models_of, remember, unscaled
+from .offload import weights_at_hand
 from .planning import Attachable, Plan, checked_tensors, display, make_plan
 from .report import refusal
 from .sources import find_source
@@ -222,12 +223,18 @@ def refill(pipe: Any, name: str, plan: Plan, strengths: Mapping[str, Mapping[str
             f"{source} does not fit what was prepared as {name!r}: {problems[0]}{more}; "
             "give prepare_hotswap() this file as well"
         )
+    models = models_of(pipe)
+    fused = any(name in layer.held for model in models.values() for layer in layers_of(model).values())
     for component, own in slots.items():
-        for path, slot in own.items():
-            slot.fill(contents.get(component, {}).get(path, []))
-            slot.set_strength(strengths.get(component, {}).get(path, 1.0))
+        model, layers = models[component], layers_of(models[component])
+        with weights_at_hand([model] if fused else ()):
+            for path, slot in own.items():
+                slot.fill(contents.get(component, {}).get(path, []))
+                slot.set_strength(strengths.get(component, {}).get(path, 1.0))
+                if name in layers[path].held:
+                    unscaled(model).get(layers[path], {}).pop(name, None)
+                    layers[path].merge(layers[path].held)
         if own:
-            model = models_of(pipe)[component]
             state = state_of(model)
             assert state is not None
             entries = plan.parts[component].entries if component in plan.parts else {}

@@ -15,7 +15,7 @@ from ..files import DIFFUSERS_NAME
 from ..merging import Requantize
 from .beside_peft import all_aside, has_peft
 from .components import adapter_names, layers_of, models_of
-from .fusing import fuse_adapters, fused_adapters, unfuse_adapters
+from .fusing import checked_scale, fuse_adapters, fused_adapters, unfuse_adapters
 from .hotswap import HotswapReport, prepare_hotswap, prepared_adapters
 from .loading import active_adapters, delete_adapter, disable_adapters, enable_adapters, load_adapter, unload_adapters
 from .report import LoadReport
@@ -253,12 +253,16 @@ def _scaled_call(call: Any) -> Any:
 
 
 class _Scaled:
-    """Inside, every adapter that is not fused runs at ``scale`` times its weight."""
+    """Inside, every adapter that is not fused runs at ``scale`` times its weight.
+
+    Raises:
+        AdapterError: the scale is no finite number, or a product with a weight too large for one.
+    """
 
     def __init__(self, pipe: Any, scale: float) -> None:
         layers = [layer for model in models_of(pipe).values() for layer in layers_of(model).values()]
         self.held = [(a, a.get_strength()) for m in layers for n, a in m.named_adapters() if n not in m.merged]
-        self.scale = scale
+        self.scale = checked_scale(scale, [strength for _, strength in self.held])
 
     def __enter__(self) -> None:
         for adapter, strength in self.held:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from numbers import Real
 from typing import Any
@@ -15,7 +14,6 @@ from ..adapters.base import LARGEST_STRENGTH
 from ..bookkeeping import set_active, state_of
 from ..errors import AdapterError, nearest
 from ..layers.layer import AdaptedLayer
-from ..per_sample import samples_with
 from .components import adapter_names, forget_unscaled, known_adapter, layers_of, models_of
 from .offload import weights_at_hand
 
@@ -104,25 +102,6 @@ def set_adapters(pipe: Any, weights: Mapping[str, Weight] | Sequence[str] | str)
             use_only(model, [n for n in table if component in found[n]])
             for name, plan in plans.items():
                 apply_weights(layers[component], name, plan.get(component, {}))
-
-
-@contextlib.contextmanager
-def adapters_per_sample(pipe: Any, adapter_names: Sequence[str | Sequence[str] | None]) -> Iterator[None]:
-    """Inside, every picture of one batch is drawn with adapters of its own, at the weights that are set.
-
-    Each comes out as in a batch of its own, to float rounding; adapters need not be active. The base model runs once for all.
-
-    Args:
-        pipe: a pipeline with adapters; call it with a list of as many prompts.
-        adapter_names: for every prompt an adapter's name, several names, or None for the base model alone.
-
-    Raises:
-        AdapterError: as `lycoris_diff.per_sample.samples_with`: no entries, an unknown name, fused adapters, adapters with
-            whole modules of their own; inside also a batch that is no multiple of the entries, as ``num_images_per_prompt``
-            above 1 gives.
-    """
-    with samples_with(list(models_of(pipe).values()), adapter_names):
-        yield
 
 
 def use_only(model: nn.Module, names: list[str]) -> None:
